@@ -1,0 +1,82 @@
+"""Rules between keys, and values that the schema knows but this version cannot honour yet.
+
+Pure functions of the preset; the file system is looked at in `preflight.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from eulerforge.config.schema import PretrainPreset
+
+Finding = tuple[str, str, str]
+"""(dotted key, what is wrong, how to fix it)"""
+
+
+def cross_field_problems(preset: PretrainPreset) -> Iterator[Finding]:
+    """Combinations of valid values that make no sense together."""
+    training = preset.training
+    if training.warmup_steps > training.max_steps:
+        yield (
+            "training.warmup_steps",
+            f"{training.warmup_steps} warm-up steps do not fit into max_steps {training.max_steps}",
+            "lower training.warmup_steps or raise training.max_steps",
+        )
+    if training.global_batch_size is not None and training.global_batch_size % training.batch_size:
+        yield (
+            "training.global_batch_size",
+            f"{training.global_batch_size} is not a multiple of training.batch_size {training.batch_size}",
+            "choose a multiple",
+        )
+
+
+def grad_accum_steps(preset: PretrainPreset, world_size: int) -> int:
+    """Micro-batches per step and process: given, or what global_batch_size needs at this world size."""
+    training = preset.training
+    if training.global_batch_size is None:
+        return training.grad_accum_steps
+    return training.global_batch_size // (training.batch_size * world_size)
+
+
+def unavailable_problems(preset: PretrainPreset) -> Iterator[Finding]:
+    """Values whose machinery is not built yet. Accepting and ignoring them would be a silent fallback."""
+    data, training, distributed = preset.data, preset.training, preset.distributed
+    if not isinstance(data.path, str):
+        yield (
+            "data.path",
+            "lists and weighted mixtures are not available in this version",
+            "give one path or glob",
+        )
+    if data.validation is not None:
+        yield "data.validation", "held-out evaluation is not available in this version", "remove it"
+    if data.num_workers not in ("auto", 1):
+        yield (
+            "data.num_workers",
+            "this version tokenises in one process (with threads)",
+            "set it to auto or 1",
+        )
+    if training.keep_checkpoints != "all":
+        yield "training.keep_checkpoints", "this version keeps every checkpoint", "set it to all"
+    if training.activation_checkpointing:
+        yield "training.activation_checkpointing", "not available in this version", "set it to false"
+    if training.compile:
+        yield "training.compile", "not available in this version", "set it to false"
+    if training.dtype == "float16":
+        yield "training.dtype", "float16 is not available in this version", "use bfloat16 or float32"
+    if training.amp == "selective":
+        yield (
+            "training.amp",
+            "selective is not available in this version",
+            "use dtype: float32 and amp: false",
+        )
+    if training.dtype == "bfloat16" and training.amp is False:
+        yield (
+            "training.amp",
+            "bfloat16 weights without float32 masters do not move under small updates; "
+            "stochastic rounding is not available in this version",
+            "leave amp unset (float32 master weights, bfloat16 compute)",
+        )
+    if distributed.strategy != "auto":
+        yield "distributed.strategy", "this version runs one process, which needs none", "set it to auto"
+    if distributed.nproc_per_node not in ("auto", 1):
+        yield "distributed.nproc_per_node", "this version runs one process", "set it to auto or 1"

@@ -1,0 +1,184 @@
+"""The typed preset: every key of `eulerforge pretrain`, its meaning, unit, range and default, in one place.
+
+The models are frozen and refuse unknown keys. The descriptions become `eulerforge schema`.
+A value that the schema knows but this version cannot honour yet is refused in `checks.py`, never ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from eulerforge.config.fields import (
+    Beta,
+    Bool,
+    ChunkLength,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Text,
+    describe,
+)
+
+
+def _to_amp(value: Any) -> Any:
+    if isinstance(value, bool) or value == "selective":
+        return value
+    raise ValueError(f"must be true, false or selective, not {describe(value)}")
+
+
+def _to_auto_or_count(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError(f"must be auto or a whole number of at least 1, not {describe(value)}")
+
+
+def _to_retention(value: Any) -> Any:
+    if value == "all":
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError(f"must be all or a whole number of at least 1, not {describe(value)}")
+
+
+def _to_checkpointing(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, int) and value >= 1):
+        return value
+    raise ValueError(f"must be false, true or a whole number of at least 1, not {describe(value)}")
+
+
+def _to_data_path(value: Any) -> Any:
+    if isinstance(value, list | dict):
+        return value
+    if isinstance(value, str) and value.strip():
+        return value
+    raise ValueError(f"must be a path as text, not {describe(value)}")
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, defaults checked like given values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class DataSection(Section):
+    """Raw text and how it becomes rows of tokens."""
+
+    path: Annotated[str | list[Any] | dict[str, Any], BeforeValidator(_to_data_path)] = Field(
+        description="JSONL file (plain or gzip), a directory of such files, or a glob."
+    )
+    text_column: Text = Field("text", description="Key of the text; a.b reaches into nested objects.")
+    max_length: ChunkLength = Field(2048, description="Tokens in a chunk.")
+    packing: Bool = Field(
+        True,
+        description="true: documents are concatenated and cut into chunks of max_length. "
+        "false: one document per row, cut or padded to max_length; padding is never a target.",
+    )
+    add_bos: Bool = Field(False, description="Put one BOS token before each document.")
+    add_eos: Bool = Field(True, description="Put one EOS token after each document.")
+    on_bad_line: Literal["error", "skip"] = Field(
+        "error",
+        description="What to do with a line that is not a JSON object holding text: stop, or skip and count.",
+    )
+    validation: dict[str, Any] | None = Field(
+        None, description="Held-out data: {path} or {fraction}. Not available in this version."
+    )
+    cache_dir: Text | None = Field(None, description="Token cache. Default: the user's cache directory.")
+    num_workers: Annotated[Literal["auto"] | int, BeforeValidator(_to_auto_or_count)] = Field(
+        "auto", description="Tokenising processes. This version uses one process with threads."
+    )
+
+
+class TrainingSection(Section):
+    """The optimisation: how long, how big a step, how precise."""
+
+    max_steps: PositiveInt = Field(description="Optimiser steps to run.")
+    batch_size: PositiveInt = Field(2, description="Rows in a micro-batch, per process.")
+    grad_accum_steps: PositiveInt = Field(1, description="Micro-batches per optimiser step.")
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Rows per step over all processes; sets grad_accum_steps for any world size."
+    )
+    lr: NonNegativeFloat = Field(3e-4, description="Peak learning rate.")
+    weight_decay: NonNegativeFloat = Field(
+        0.1, description="AdamW decay; never applied to 1-D parameters or those marked _no_weight_decay."
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW beta1 and beta2.")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
+    max_grad_norm: PositiveFloat | None = Field(
+        1.0, description="Gradients are scaled down to this global L2 norm; null: measured, never scaled."
+    )
+    scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="Learning rate after warm-up. wsd: constant, then linear decay over the last fifth.",
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warm-up: step k uses lr * k / warmup_steps.")
+    min_lr_ratio: Fraction = Field(0.0, description="Learning rate at the last step as a fraction of the peak.")
+    log_steps: PositiveInt = Field(10, description="Steps between log lines.")
+    save_steps: PositiveInt = Field(500, description="Steps between checkpoints; the last step is always saved.")
+    keep_checkpoints: Annotated[Literal["all"] | int, BeforeValidator(_to_retention)] = Field(
+        "all", description="How many checkpoints to keep. This version keeps all."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Precision. Default: bfloat16, or float32 when the model holds FFT blocks."
+    )
+    amp: Annotated[bool | Literal["selective"] | None, BeforeValidator(lambda v: v if v is None else _to_amp(v))] = (
+        Field(None, description="Autocast the forward pass to bfloat16. Default: true for bfloat16, else false.")
+    )
+    precision_check: Literal["error", "warn"] = Field(
+        "error", description="What to do when dtype/amp would run FFT blocks below float32."
+    )
+    seed: Seed = Field(42, description="All randomness: initial weights, dropout, order of the data.")
+    activation_checkpointing: Annotated[bool | int, BeforeValidator(_to_checkpointing)] = Field(
+        False, description="Recompute activations in the backward pass. Not available in this version."
+    )
+    compile: Bool = Field(False, description="torch.compile each block. Not available in this version.")
+    use_model_hints: Bool = Field(
+        False,
+        description="Take lr, betas, max_grad_norm and min_lr_ratio from the model's config.json "
+        "where the preset leaves them unset (EulerStack writes them).",
+    )
+
+
+class DistributedSection(Section):
+    """How several processes share the work."""
+
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="One process needs none. ddp and fsdp are not available in this version."
+    )
+    nproc_per_node: Annotated[Literal["auto"] | int, BeforeValidator(_to_auto_or_count)] = Field(
+        "auto", description="Processes per machine. This version runs one."
+    )
+
+
+class PretrainPreset(Section):
+    """A preset of `eulerforge pretrain`."""
+
+    device: Annotated[Text, Field(pattern=r"^(cuda|cpu|cuda:\d{1,3})$")] = Field(
+        "cuda",
+        description="cuda, cuda:N or cpu. cuda without a visible GPU falls back to cpu with a warning.",
+    )
+    model_dir: Text = Field(description="HF model directory: config.json, maybe custom code, maybe weights.")
+    trust_remote_code: Bool = Field(False, description="Allow the model directory's own Python code to run.")
+    tokenizer: Text | None = Field(None, description="HF name or path. Default: the model directory's tokenizer.")
+    output_dir: Text | None = Field(
+        None, description="Run directory, new or empty. Default: outputs/pretrain_YYYYmmdd_HHMMSS."
+    )
+    data: DataSection
+    training: TrainingSection
+    distributed: DistributedSection = Field(default_factory=lambda: DistributedSection())
+
+
+def json_schema() -> dict[str, Any]:
+    """The preset's JSON Schema (draft 2020-12), for editors and for `eulerforge schema`."""
+    schema = PretrainPreset.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "EulerForge pretrain preset",
+    }

@@ -1,0 +1,59 @@
+"""The run's voice: `[Pretrain] ...` lines, warnings, and a progress bar when a person is watching.
+
+On a terminal a tqdm bar shows step, loss, tokens/s and ETA, and lines are printed above it; in a pipe there are only
+lines. Ranks other than 0 get a console that is silent, so that nobody else asks for the rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints to stdout, warnings included (they belong to the run's log).
+
+    Args:
+        prefix: the command, for example `Pretrain`.
+        enabled: False for a silent console.
+    """
+
+    def __init__(self, prefix: str, enabled: bool = True) -> None:
+        self._prefix = prefix
+        self._enabled = enabled
+        self._bar: tqdm[Any] | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if not self._enabled:
+            return
+        line = f"[{self._prefix}] {text}"
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """Print a warning line."""
+        self.say(f"Warning: {text}")
+
+    def start_bar(self, total: int, done: int) -> None:
+        """Show a progress bar of steps, if stderr is a terminal."""
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False)
+
+    def advance_bar(self, values: Mapping[str, str]) -> None:
+        """One step done; `values` are shown beside the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update(1)
+
+    def close_bar(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

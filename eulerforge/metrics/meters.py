@@ -1,0 +1,67 @@
+"""Speed of a run, and numbers as people read them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+_WINDOW = 20
+
+
+class SpeedMeter:
+    """Steps and tokens per second over the last steps, and the time left.
+
+    A window of recent steps, so that a slow first step (warm-up of kernels, first checkpoint) does not colour the
+    whole run.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._marks: deque[tuple[float, int]] = deque([(self._start, 0)], maxlen=_WINDOW + 1)
+
+    def step_done(self, tokens: int) -> None:
+        """Note one finished step that trained on `tokens` tokens."""
+        self._marks.append((self._clock(), tokens))
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the meter was made."""
+        return self._clock() - self._start
+
+    @property
+    def steps_per_second(self) -> float:
+        """Over the window; 0 before the first step."""
+        return (len(self._marks) - 1) / self._window_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the window; 0 before the first step."""
+        return sum(tokens for _, tokens in list(self._marks)[1:]) / self._window_seconds
+
+    @property
+    def _window_seconds(self) -> float:
+        return max(self._marks[-1][0] - self._marks[0][0], 1e-9)
+
+    def seconds_left(self, steps: int) -> float:
+        """Estimated seconds for `steps` more steps."""
+        return steps / self.steps_per_second if len(self._marks) > 1 else 0.0
+
+
+def clock_time(seconds: float) -> str:
+    """`0:12:40`."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def binary_size(size: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

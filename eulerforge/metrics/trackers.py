@@ -1,0 +1,169 @@
+"""Sinks for the numbers of a run: console, metrics.jsonl, TensorBoard. One class per sink, one that fans out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from eulerforge.metrics.console import Console
+from eulerforge.metrics.meters import clock_time
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is known after an optimiser step. All values are global over ranks and micro-batches.
+
+    Attributes:
+        step: 1 to max_steps.
+        loss: cross entropy of the step's target tokens, in nats per token, without auxiliary loss.
+        lr: the learning rate that the step used.
+        grad_norm: L2 norm of all gradients before clipping.
+        aux_loss: mean auxiliary loss of the step's micro-batches, None for a model without one.
+        tokens: tokens trained on since the start (padding not counted).
+        epoch: passes over the corpus so far, for example 1.25.
+        elapsed: seconds since training began.
+        steps_per_second, tokens_per_second: over recent steps.
+        seconds_left: estimate for the remaining steps.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    aux_loss: float | None
+    tokens: int
+    epoch: float
+    elapsed: float
+    steps_per_second: float
+    tokens_per_second: float
+    seconds_left: float
+
+    def record(self) -> dict[str, Any]:
+        """The line of metrics.jsonl. The first four keys and their order are part of the contract."""
+        values: dict[str, Any] = {
+            "step": self.step,
+            "loss": self.loss,
+            "lr": self.lr,
+            "elapsed_sec": round(self.elapsed, 3),
+            "grad_norm": self.grad_norm,
+        }
+        if self.aux_loss is not None:
+            values["aux_loss"] = self.aux_loss
+        return values | {
+            "tokens": self.tokens,
+            "epoch": round(self.epoch, 6),
+            "tokens_per_sec": round(self.tokens_per_second, 1),
+            "steps_per_sec": round(self.steps_per_second, 4),
+        }
+
+
+class Tracker(Protocol):
+    """A sink."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Called after every step."""
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Called every `log_steps` and at the last step, after `step`."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class ConsoleTracker:
+    """The step lines and the progress bar."""
+
+    def __init__(self, console: Console, max_steps: int) -> None:
+        self._console = console
+        self._max_steps = max_steps
+        console.start_bar(max_steps, 0)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._console.advance_bar({"loss": f"{metrics.loss:.4f}", "tok/s": f"{metrics.tokens_per_second:,.0f}"})
+
+    def log(self, metrics: StepMetrics) -> None:
+        parts = [
+            f"step={metrics.step}/{self._max_steps}",
+            f"loss={metrics.loss:.4f}",
+            f"lr={metrics.lr:.2e}",
+            f"{metrics.steps_per_second:.2f} steps/s",
+            f"{metrics.tokens_per_second:,.0f} tok/s",
+            f"grad_norm={metrics.grad_norm:.2f}",
+        ]
+        if metrics.aux_loss is not None:
+            parts.append(f"aux_loss={metrics.aux_loss:.4f}")
+        parts.append(f"ETA {clock_time(metrics.seconds_left)}")
+        self._console.say(" | ".join(parts))
+
+    def close(self) -> None:
+        self._console.close_bar()
+
+
+class JsonlTracker:
+    """metrics.jsonl: one strict JSON object per line, complete after each write."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Only logged steps are written."""
+
+    def log(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(metrics.record(), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardTracker:
+    """TensorBoard scalars under the run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(folder))
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Only logged steps are written."""
+
+    def log(self, metrics: StepMetrics) -> None:
+        scalars = {
+            "train/loss": metrics.loss,
+            "train/lr": metrics.lr,
+            "train/grad_norm": metrics.grad_norm,
+            "train/tokens": metrics.tokens,
+            "train/epoch": metrics.epoch,
+            "speed/tokens_per_sec": metrics.tokens_per_second,
+            "speed/steps_per_sec": metrics.steps_per_second,
+        }
+        if metrics.aux_loss is not None:
+            scalars["train/aux_loss"] = metrics.aux_loss
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class CompositeTracker:
+    """Fans out to several sinks; with none it is the null tracker of other ranks."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+
+    def step(self, metrics: StepMetrics) -> None:
+        for tracker in self._trackers:
+            tracker.step(metrics)
+
+    def log(self, metrics: StepMetrics) -> None:
+        for tracker in self._trackers:
+            tracker.log(metrics)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()

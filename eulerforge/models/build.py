@@ -1,0 +1,215 @@
+"""Hugging Face directory -> a model with real parameters and real buffers.
+
+    AutoConfig -> from_config (on CPU, float32, seeded) -> weights copied in, if there are any -> vocabulary grown
+
+`from_pretrained` is not used for the model that trains: transformers 5 builds on the meta device and leaves the
+non-persistent buffers of custom code uninitialised (an EulerStack export's RoPE tables come back as noise). A model
+built from its config has computed its buffers; only parameters and persistent buffers are then taken from the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eulerforge.errors import ModelError
+from eulerforge.models.directory import ModelDirectory
+from eulerforge.models.weights import read_weights
+
+_SHOWN_KEYS = 4
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The model and where its weights came from.
+
+    Attributes:
+        model: a transformers model on CPU in float32.
+        origin: `initialised from seed 42` or the weight file.
+    """
+
+    model: Any
+    origin: str
+
+
+def build_model(directory: ModelDirectory, trust_remote_code: bool, seed: int) -> BuiltModel:
+    """Build the model and load its weights, if the directory has any.
+
+    The same seed gives the same initial weights, bit for bit, on one machine.
+
+    Raises:
+        ModelError: unknown architecture, code that fails, or weights that do not fit.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _as_model_error(directory, "cannot read the configuration"):
+        config = AutoConfig.from_pretrained(directory.path, trust_remote_code=trust_remote_code)
+    torch.manual_seed(seed)
+    with _as_model_error(directory, "cannot build the model"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            # A model may create single tensors in another dtype; masters are float32 throughout.
+            parameter.data = parameter.data.float()
+    origin = f"initialised from seed {seed}"
+    if directory.weights is not None:
+        _load_weights(model, directory, trust_remote_code)
+        origin = directory.weights.name
+    model.tie_weights()
+    return BuiltModel(model, origin)
+
+
+@contextlib.contextmanager
+def _as_model_error(directory: ModelDirectory, what: str) -> Iterator[None]:
+    """Failures of transformers or of the directory's own code become one line with the place that raised."""
+    try:
+        yield
+    except ImportError as error:
+        raise ModelError(
+            f"model_dir: {directory.path}: {what}: {_first_line(error)}", "install the missing package with pip"
+        ) from error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ModelError(
+            f"model_dir: {directory.path}: {what}: {type(error).__name__}: {_first_line(error)} "
+            f"({Path(frame.filename).name}:{frame.lineno} in {frame.name})",
+            "correct config.json or the model's code; `python -c \"from transformers import AutoConfig, "
+            'AutoModelForCausalLM"` with from_config(...) reproduces it',
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _load_weights(model: Any, directory: ModelDirectory, trust_remote_code: bool) -> None:
+    """Copy every tensor of the weight files into the model; all of them must fit, and none may be missing.
+
+    Files whose names are the model's own (custom code, most architectures) are read tensor by tensor. Where
+    transformers stores an architecture under other names (fused experts of Mixtral, for example), it does the
+    conversion, and its result is copied, so that the buffers stay those of the fresh model.
+    """
+    assert directory.weights is not None
+    state = model.state_dict()
+    aliases = _aliases(state)
+    ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    missing, unexpected, misshaped = set(state), [], []
+    with torch.no_grad():
+        for name, tensor in read_weights(directory.weights):
+            if name not in state:
+                if not any(pattern.search(name) for pattern in ignorable):
+                    unexpected.append(name)
+            elif state[name].shape != tensor.shape:
+                misshaped.append(f"{name} {list(tensor.shape)} in the file, {list(state[name].shape)} in the model")
+                missing -= aliases[name]
+            else:
+                state[name].copy_(tensor)
+                missing -= aliases[name]
+    if unexpected and missing and not misshaped:
+        report = _load_converted(model, directory, trust_remote_code)
+        missing, unexpected, misshaped = set(report[0]), list(report[1]), list(report[2])
+    faults = [
+        f"{len(keys)} {kind}: {', '.join(sorted(keys)[:_SHOWN_KEYS])}" + (", ..." if len(keys) > _SHOWN_KEYS else "")
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+        if keys
+    ]
+    if faults:
+        raise ModelError(
+            f"{directory.weights}: the weights do not fit config.json: {'; '.join(faults)}",
+            "use the weights that belong to this config.json, or remove the weight files to start from fresh ones",
+        )
+
+
+def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
+    """Each key with all keys that are the same tensor (tied weights are stored once)."""
+    groups: dict[tuple[int, torch.Size, tuple[int, ...]], set[str]] = {}
+    for name, tensor in state.items():
+        identity = (
+            (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor), tensor.shape, ())
+        )
+        groups.setdefault(identity, set()).add(name)
+    return {name: group for group in groups.values() for name in group}
+
+
+def _load_converted(
+    model: Any, directory: ModelDirectory, trust_remote_code: bool
+) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """Let transformers map the file's names, copy its state; (missing, unexpected, misshaped) names."""
+    from transformers import AutoModelForCausalLM
+
+    with _as_model_error(directory, "cannot load the weights"):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            directory.path,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    model.load_state_dict(loaded.state_dict(), strict=True)
+    misshaped = [str(entry[0]) for entry in report["mismatched_keys"]]
+    return sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), misshaped
+
+
+def embedding_rows(model: Any) -> int:
+    """Rows of the input embedding; `config.vocab_size` for models that do not expose one."""
+    embedding = _input_embedding(model)
+    if embedding is not None:
+        return int(embedding.weight.shape[0])
+    return int(model.config.vocab_size)
+
+
+def _input_embedding(model: Any) -> nn.Embedding | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return embedding if hasattr(embedding, "weight") else None
+
+
+def grow_vocabulary(model: Any, rows: int) -> None:
+    """Grow input and output embeddings to `rows`; old rows stay untouched, tied stays tied, never shrinks.
+
+    New rows come from the model's own initialiser. (transformers' default, a draw around the mean of the old rows
+    with 1e-9 of their covariance, would make all new rows of an untrained model practically equal.)
+
+    Raises:
+        ModelError: the model does not expose embeddings that can grow.
+    """
+    advice = (
+        f"implement get_input_embeddings/set_input_embeddings (and the output pair) in the model, "
+        f"or build it with vocab_size {rows}"
+    )
+    if _input_embedding(model) is None:
+        raise ModelError(
+            f"the tokenizer needs {rows} embedding rows, but {type(model).__name__} does not expose its embeddings",
+            advice,
+        )
+    was_tied = is_tied(model)
+    try:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    except (NotImplementedError, AttributeError, RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot grow the embeddings to {rows} rows: {_first_line(error)}", advice) from error
+    output = model.get_output_embeddings()
+    if embedding_rows(model) != rows or (output is not None and output.weight.shape[0] != rows):
+        raise ModelError(f"growing the embeddings to {rows} rows had no effect on {type(model).__name__}", advice)
+    if was_tied and not is_tied(model):
+        raise ModelError("growing the embeddings untied the output head", "give the model a tie_weights() that ties")
+
+
+def is_tied(model: Any) -> bool:
+    """Whether input embedding and output head are one parameter."""
+    embedding = _input_embedding(model)
+    try:
+        output = model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return False
+    return embedding is not None and output is not None and embedding.weight is getattr(output, "weight", None)

@@ -1,0 +1,118 @@
+"""The tokenizer: found, checked, and used for raw text only.
+
+Raw text is encoded without special tokens: a document that contains the text of `<eos>` is plain text, and BOS/EOS
+come from the preset's policy alone, so a post-processor cannot add them twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eulerforge.errors import TokenizerError
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer behind the few things that pretraining needs.
+
+    Args:
+        backend: the transformers tokenizer.
+        name: what the preset calls it, for the log.
+    """
+
+    def __init__(self, backend: Any, name: str) -> None:
+        self.backend = backend
+        self.name = name
+        self.largest_id: int = max([len(backend) - 1, *backend.get_vocab().values()])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows an embedding needs: largest id + 1. Added tokens count; `backend.vocab_size` leaves them out."""
+        return self.largest_id + 1
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the begin-of-document token."""
+        return self.backend.bos_token_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the end-of-document token."""
+        return self.backend.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """A valid id for padding: the tokenizer's own, else EOS, else 0. Padding is masked, so any id serves."""
+        candidates = (self.backend.pad_token_id, self.eos_id, 0)
+        return next(candidate for candidate in candidates if candidate is not None)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content that decides which ids a text gets (not over paths or names)."""
+        core = getattr(self.backend, "backend_tokenizer", None)
+        if core is not None:
+            content = core.to_str()
+        else:
+            settings = {
+                key: repr(value) for key, value in sorted(self.backend.init_kwargs.items()) if "path" not in key
+            }
+            content = json.dumps(
+                [type(self.backend).__qualname__, settings, sorted(self.backend.get_vocab().items())]
+            )
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as plain text: no special token is added or recognised."""
+        return self.backend(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )["input_ids"]
+
+
+def load_tokenizer(name: str, trust_remote_code: bool, add_bos: bool, add_eos: bool) -> Tokenizer:
+    """Load a tokenizer and check that it can serve the preset.
+
+    Args:
+        name: directory or hub name.
+        add_bos, add_eos: the policy of the preset; the tokens they need must exist.
+
+    Raises:
+        TokenizerError: not found, not loadable, or without the token that the policy needs.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        place = "directory" if Path(name).is_dir() else "hub name"
+        raise TokenizerError(
+            f"tokenizer: cannot load {name} (as {place}): {_reason(error)}",
+            "set tokenizer to a directory with tokenizer.json, or to a name that is in the local Hugging Face cache "
+            "or can be downloaded",
+        ) from error
+    tokenizer = Tokenizer(backend, name)
+    _require_token(tokenizer, "eos", add_eos)
+    _require_token(tokenizer, "bos", add_bos)
+    return tokenizer
+
+
+def _require_token(tokenizer: Tokenizer, kind: str, wanted: bool) -> None:
+    if wanted and getattr(tokenizer, f"{kind}_id") is None:
+        raise TokenizerError(
+            f"tokenizer: {tokenizer.name} has no {kind.upper()} token, but data.add_{kind} is true",
+            f'add "{kind}_token" to its tokenizer_config.json, or set data.add_{kind}: false',
+        )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

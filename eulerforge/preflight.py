@@ -1,0 +1,156 @@
+"""Preset against reality, before anything heavy: model directory, tokenizer, data, run directory, precision.
+
+No torch, no transformers: `--validate-only` answers in a fraction of a second, and a wrong path costs no model load.
+All problems are reported at once. What only loading can show (weights that do not fit, a damaged tokenizer) is
+checked by the worker, still before the run directory is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from eulerforge.config.hints import Hint, apply_hints
+from eulerforge.config.load import LoadedPreset
+from eulerforge.config.schema import PretrainPreset
+from eulerforge.data.sources import DocumentCounts, iter_documents, resolve_files
+from eulerforge.errors import InputError, ModelError, Problem, TokenizerError
+from eulerforge.models.blocks import find_blocks
+from eulerforge.models.directory import ModelDirectory
+from eulerforge.precision.plan import PrecisionPlan, plan_precision
+from eulerforge.train.run_directory import check_output_dir
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A preset that has been held against the file system.
+
+    Attributes:
+        loaded: the preset as given.
+        preset: the preset in force (with the model's hints, if asked for).
+        hints: training hints of the model's config.json.
+        directory: what is known about the model.
+        tokenizer: directory or hub name to load.
+        files: the corpus.
+        precision: how numbers are held.
+    """
+
+    loaded: LoadedPreset
+    preset: PretrainPreset
+    hints: tuple[Hint, ...]
+    directory: ModelDirectory
+    tokenizer: str
+    files: tuple[Path, ...]
+    precision: PrecisionPlan
+
+
+def inspect(loaded: LoadedPreset) -> Preflight:
+    """Check a preset against what it names.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    preset = loaded.preset
+    attempts = _Attempts()
+    directory = attempts.run(lambda: ModelDirectory.read(Path(preset.model_dir).expanduser()))
+    files = attempts.run(lambda: resolve_files(str(preset.data.path)))
+    if files:
+        attempts.run(lambda: _peek(files, preset))
+    attempts.run(lambda: check_output_dir(Path(preset.output_dir or "outputs/pretrain_run")))
+    if directory is None:
+        raise attempts.error()
+    preset, hints = attempts.run(lambda: apply_hints(loaded, directory.config)) or (preset, ())
+    tokenizer = attempts.run(lambda: _find_tokenizer(preset, directory))
+    attempts.run(lambda: _check_model(preset, directory))
+    training = preset.training
+    precision = attempts.run(
+        lambda: plan_precision(training.dtype, training.amp, training.precision_check, find_blocks(directory))
+    )
+    if attempts.failed or files is None or tokenizer is None or precision is None:
+        raise attempts.error()
+    return Preflight(loaded, preset, hints, directory, tokenizer, files, precision)
+
+
+class _Attempts:
+    """Runs checks one after the other and keeps their errors, so that a user hears of all of them."""
+
+    def __init__(self) -> None:
+        self._errors: list[InputError] = []
+
+    @property
+    def failed(self) -> bool:
+        return bool(self._errors)
+
+    def run(self, check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except InputError as error:
+            self._errors.append(error)
+            return None
+
+    def error(self) -> InputError:
+        """The one error, or all of them as one."""
+        if len(self._errors) == 1:
+            return self._errors[0]
+        problems = [problem for error in self._errors for problem in error.problems]
+        pages = dict.fromkeys(error.see for error in self._errors)
+        return InputError.of(problems, see=", ".join(pages))
+
+
+def _peek(files: Sequence[Path], preset: PretrainPreset) -> None:
+    """Read up to the first document: a wrong text column or format should not wait for the model."""
+    documents = iter_documents(files, preset.data.text_column, preset.data.on_bad_line, DocumentCounts())
+    next(documents, None)
+
+
+def _find_tokenizer(preset: PretrainPreset, directory: ModelDirectory) -> str:
+    name = preset.tokenizer
+    if name is None:
+        if directory.has_tokenizer:
+            return str(directory.path)
+        suggestion = directory.suggested_tokenizer
+        raise TokenizerError(
+            f"tokenizer: not set, and {directory.path} holds none",
+            f"set tokenizer: {suggestion} (config.json names it as tokenizer.pretrained)"
+            if suggestion
+            else "set tokenizer to a tokenizer directory or a Hugging Face name",
+        )
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if looks_like_path or path.exists():
+        raise TokenizerError(
+            f"tokenizer: {name} is not a directory", "set tokenizer to a directory with tokenizer.json, or to a name"
+        )
+    return name
+
+
+def _check_model(preset: PretrainPreset, directory: ModelDirectory) -> None:
+    problems = list(_model_problems(preset, directory))
+    if problems:
+        raise ModelError.of(problems)
+
+
+def _model_problems(preset: PretrainPreset, directory: ModelDirectory) -> Iterator[Problem]:
+    if directory.has_custom_code and not preset.trust_remote_code:
+        names = ", ".join(sorted(directory.code)) or "a hub repository"
+        yield Problem(
+            f"model_dir: {directory.path} needs its own Python code ({names}), and trust_remote_code is false",
+            "read that code, then set trust_remote_code: true",
+        )
+    elif missing := directory.missing_packages():
+        yield Problem(
+            f"model_dir: the code in {directory.path} imports {', '.join(missing)}, which is not installed",
+            f"pip install {' '.join(missing)}",
+        )
+    context = directory.context_length
+    if context is not None and preset.data.max_length > context[1]:
+        yield Problem(
+            f"data.max_length {preset.data.max_length} is beyond the model's {context[0]} {context[1]}",
+            f"lower data.max_length to {context[1]} or raise {context[0]} in {directory.path / 'config.json'}",
+        )

@@ -1,0 +1,92 @@
+"""The training loop: what happens per step, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eulerforge.data.rows import MicroBatch
+from eulerforge.metrics.meters import SpeedMeter
+from eulerforge.metrics.trackers import StepMetrics, Tracker
+from eulerforge.models.forward import CausalForward
+from eulerforge.optim.optimizer import set_learning_rate
+from eulerforge.train.state import TrainState
+from eulerforge.train.step import train_step
+
+
+@dataclass(frozen=True)
+class LoopParts:
+    """Everything that a loop needs, built by the worker.
+
+    Attributes:
+        batches: micro-batches of a step (0-based), on the device.
+        learning_rate: of a step (1-based).
+        precision: makes the context of the forward pass.
+        rows_per_step, rows_per_epoch: for the epoch count.
+        on_first_step: told the first loss, for a word on whether it looks like an untrained model's.
+        save: writes a checkpoint of the current weights.
+    """
+
+    forward: CausalForward
+    optimizer: torch.optim.Optimizer
+    batches: Callable[[int], Sequence[MicroBatch]]
+    learning_rate: Callable[[int], float]
+    precision: Callable[[], AbstractContextManager[Any]]
+    tracker: Tracker
+    save: Callable[[int], None]
+    on_first_step: Callable[[float], None]
+    max_steps: int
+    max_grad_norm: float | None
+    log_steps: int
+    save_steps: int
+    rows_per_step: int
+    rows_per_epoch: int
+
+
+def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
+    """Train from `state.step` to `max_steps`; `state` is kept up to date, also when an exception leaves.
+
+    Raises:
+        TrainingError: loss or gradients are not finite.
+    """
+    meter = SpeedMeter()
+    for step in range(state.step + 1, parts.max_steps + 1):
+        lr = parts.learning_rate(step)
+        set_learning_rate(parts.optimizer, lr)
+        batches = parts.batches(step - 1)
+        result = train_step(
+            step=step,
+            forward=parts.forward,
+            optimizer=parts.optimizer,
+            batches=batches,
+            precision=parts.precision,
+            max_grad_norm=parts.max_grad_norm,
+        )
+        state.advance(tokens=sum(batch.tokens for batch in batches))
+        meter.step_done(sum(batch.tokens for batch in batches))
+        if step == 1:
+            parts.on_first_step(result.loss)
+        metrics = StepMetrics(
+            step=step,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            aux_loss=result.aux_loss,
+            tokens=state.tokens,
+            epoch=step * parts.rows_per_step / parts.rows_per_epoch,
+            elapsed=meter.elapsed,
+            steps_per_second=meter.steps_per_second,
+            tokens_per_second=meter.tokens_per_second,
+            seconds_left=meter.seconds_left(parts.max_steps - step),
+        )
+        parts.tracker.step(metrics)
+        last = step == parts.max_steps
+        if last or step % parts.log_steps == 0:
+            parts.tracker.log(metrics)
+        if last or step % parts.save_steps == 0:
+            parts.save(step)
+    return meter

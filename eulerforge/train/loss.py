@@ -1,0 +1,66 @@
+"""The loss of pretraining: next-token cross entropy from logits. The one place where labels are shifted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from eulerforge.data.rows import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**24
+"""Logits taken to float32 at a time: 16 M elements, 64 MB."""
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies of all targets, in float32.
+
+    The logits at position t predict `labels[:, t + 1]`; `IGNORE_INDEX` is not a target. The sum, not the mean,
+    because a step divides by the number of targets of all its micro-batches and ranks.
+
+    Args:
+        logits: (rows, length, vocabulary), any floating dtype.
+        labels: (rows, length), int64, not shifted.
+    """
+    # Labels move, logits stay: cutting off the last position would copy all logits.
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[:, :-1] = labels[:, 1:]
+    return _ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(x)[target] over rows, in chunks of rows.
+
+    Only the logits themselves and one log-sum-exp per row are kept for the backward pass, and each chunk is taken to
+    float32 by itself, so that no second float copy of the logits exists. d/dx = softmax(x) - onehot(target).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        normalisers = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+        for rows in _chunks(logits):
+            chunk, target = logits[rows].float(), targets[rows]
+            normalisers[rows] = torch.logsumexp(chunk, dim=-1)
+            picked = chunk.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            # where(), not a product with the mask: an ignored row with infinite logits must not become NaN.
+            total += torch.where(target == IGNORE_INDEX, 0.0, normalisers[rows] - picked).sum()
+        ctx.save_for_backward(logits, targets, normalisers)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, normalisers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            target = targets[rows]
+            chunk = (logits[rows].float() - normalisers[rows].unsqueeze(-1)).exp_()
+            chunk.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), chunk.new_full((len(target), 1), -1.0))
+            chunk.mul_(grad_outputs[0])
+            gradient[rows] = chunk.masked_fill_((target == IGNORE_INDEX).unsqueeze(-1), 0.0)
+        return gradient, None
+
+
+def _chunks(logits: torch.Tensor) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]

@@ -1,0 +1,83 @@
+"""The run directory: chosen and checked before anything heavy, made when the input is known to be good."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from eulerforge.errors import OutputError
+from eulerforge.files import write_json
+
+Status = Literal["running", "finished", "failed"]
+
+
+def check_output_dir(path: Path) -> None:
+    """Refuse a run directory that is in use or cannot be made. Leaves nothing behind.
+
+    Raises:
+        OutputError: with the reason.
+    """
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise OutputError(
+                f"output_dir: {path} is not empty; a run never mixes with an earlier one",
+                "choose a new output_dir, or remove the old run",
+            )
+        parent = path
+    elif path.exists():
+        raise OutputError(f"output_dir: {path} is a file", "choose a directory that does not exist yet")
+    else:
+        parent = next(ancestor for ancestor in path.parents if ancestor.exists())
+    try:
+        # Trying is the only test that holds for root, read-only mounts and quotas alike.
+        with tempfile.TemporaryDirectory(prefix=".eulerforge-probe-", dir=parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"output_dir: {path} cannot be made: {parent} is not writable ({error.strerror})",
+            "choose a place that you can write to",
+        ) from None
+
+
+class RunDirectory:
+    """An existing run directory and the files with fixed names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.final = path / "final"
+
+    @classmethod
+    def create(cls, output_dir: str | None, now: datetime) -> RunDirectory:
+        """Make it: `output_dir` (new or empty), or `outputs/pretrain_YYYYmmdd_HHMMSS` with a suffix if taken."""
+        if output_dir is not None:
+            path = Path(output_dir).expanduser().absolute()
+            check_output_dir(path)
+            path.mkdir(parents=True, exist_ok=True)
+            return cls(path)
+        base = Path("outputs").absolute() / f"pretrain_{now:%Y%m%d_%H%M%S}"
+        base.parent.mkdir(parents=True, exist_ok=True)
+        candidate, number = base, 1
+        while True:
+            with contextlib.suppress(FileExistsError):
+                candidate.mkdir()
+                return cls(candidate)
+            number += 1
+            candidate = base.with_name(f"{base.name}_{number}")
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.path / f"checkpoint-{step}"
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        """pretrain_config.json: everything that was decided, for people and for later resumes."""
+        write_json(self.path / "pretrain_config.json", values)
+
+    def write_status(self, status: Status, step: int, reason: str = "") -> None:
+        """status.json: what a batch script needs to know."""
+        write_json(self.path / "status.json", {"status": status, "step": step, "reason": reason})

@@ -1,0 +1,332 @@
+"""One rank from top to bottom. Read this file first.
+
+    preflight (done by the CLI) -> tokenizer -> model -> token cache -> rows -> run directory -> loop -> final/
+
+Everything that can be wrong with the user's input is found before the run directory is made. After that point a
+failure is written to status.json, and complete checkpoints stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+import eulerforge
+from eulerforge.config.checks import grad_accum_steps
+from eulerforge.data.cache import CacheSpec, TokenCache, default_cache_dir, open_or_build
+from eulerforge.data.rows import DocumentRows, PackedRows, StepBatches, require_rows
+from eulerforge.distributed.context import ProcessContext, single_process
+from eulerforge.errors import EulerForgeError
+from eulerforge.files import publish_directory, shown_path
+from eulerforge.metrics.console import Console
+from eulerforge.metrics.meters import binary_size
+from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker
+from eulerforge.models.build import build_model, embedding_rows, grow_vocabulary
+from eulerforge.models.forward import CausalForward
+from eulerforge.models.stats import count_parameters, state_bytes
+from eulerforge.models.tokenizer import Tokenizer, load_tokenizer
+from eulerforge.optim.optimizer import build_adamw
+from eulerforge.optim.schedules import learning_rate
+from eulerforge.preflight import Preflight
+from eulerforge.train.export import write_model_directory
+from eulerforge.train.loop import LoopParts, fit
+from eulerforge.train.run_directory import RunDirectory
+from eulerforge.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class LaunchDecisions:
+    """What the launcher decided for this rank.
+
+    Attributes:
+        device: `cpu` or `cuda:N`.
+        reasons: one line per decision, for pretrain_config.json.
+    """
+
+    device: str
+    reasons: tuple[str, ...]
+
+
+def pretrain(flight: Preflight, launch: LaunchDecisions, console: Console) -> Path:
+    """Run a pretraining from checked input to `final/`; the run directory.
+
+    Raises:
+        InputError: model, tokenizer or data turn out to be wrong while loading; nothing has been written.
+        TrainingError: the run could not go on; status.json says why.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    context = single_process(launch.device)
+    preset = flight.preset
+    tokenizer = load_tokenizer(flight.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos)
+    model = _load_model(flight, tokenizer, console)
+    cache = _load_tokens(flight, tokenizer, console)
+    rows = _make_rows(flight, cache, console)
+    accumulation = grad_accum_steps(preset, context.world_size)
+    batches = StepBatches(
+        rows,
+        preset.training.seed,
+        preset.training.batch_size,
+        accumulation,
+        context.rank,
+        context.world_size,
+        tokenizer.pad_id,
+    )
+    run = RunDirectory.create(preset.output_dir, datetime.now())
+    state = TrainState()
+    with _recorded(run, state, console):
+        model.to(context.device).train()
+        run.write_config(_config_snapshot(flight, launch, tokenizer, cache, accumulation))
+        _announce(flight, context, model, accumulation, run, console)
+        save = partial(_save, model=model, tokenizer=tokenizer, flight=flight, console=console)
+        tracker = _make_tracker(run, preset.training.max_steps, console)
+        with contextlib.closing(tracker):
+            meter = fit(
+                _loop_parts(flight, context, model, batches, len(rows), accumulation, tracker, save, run, console),
+                state,
+            )
+        save(run.final, announce=False)
+        done = f"Training complete. {state.step} steps in {meter.elapsed:.1f}s."
+        console.say(f"{done} Final model saved to {shown_path(run.final)}")
+    return run.path
+
+
+@contextlib.contextmanager
+def _recorded(run: RunDirectory, state: TrainState, console: Console) -> Iterator[None]:
+    """Keep status.json true, whatever happens inside."""
+    run.write_status("running", 0)
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.write_status("failed", state.step, "interrupted")
+        console.say(f"Interrupted after step {state.step}. Run directory: {shown_path(run.path)}")
+        raise
+    except BaseException as error:
+        reason = str(error) if isinstance(error, EulerForgeError) else traceback.format_exception_only(error)[-1]
+        run.write_status("failed", state.step, reason.strip())
+        raise
+    run.write_status("finished", state.step)
+
+
+def _load_model(flight: Preflight, tokenizer: Tokenizer, console: Console) -> Any:
+    """Build the model, give it the tokenizer's vocabulary and special tokens."""
+    console.say(f"Loading model from {flight.directory.path}")
+    built = build_model(flight.directory, flight.preset.trust_remote_code, flight.preset.training.seed)
+    model = built.model
+    total, trainable = count_parameters(model)
+    dtype = next(model.parameters()).dtype
+    console.say(f"Model loaded: {total:,} params, {trainable:,} trainable, dtype={dtype} ({built.origin})")
+    console.say(f"Tokenizer: {flight.preset.tokenizer or tokenizer.name} (vocab={tokenizer.vocab_size})")
+    rows = embedding_rows(model)
+    if tokenizer.vocab_size > rows:
+        console.say(
+            f"Tokenizer vocab ({tokenizer.vocab_size}) > model vocab ({rows}). "
+            f"Resizing model embeddings to {tokenizer.vocab_size}."
+        )
+        grow_vocabulary(model, tokenizer.vocab_size)
+    _use_token_ids(model, flight, tokenizer, console)
+    return model
+
+
+def _use_token_ids(model: Any, flight: Preflight, tokenizer: Tokenizer, console: Console) -> None:
+    """Put the tokenizer's special ids into config and generation config, so that `final/` stops where it should."""
+    path = flight.directory.path / "generation_config.json"
+    if path.is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(flight.directory.path)
+    targets = [model.config] + ([model.generation_config] if model.can_generate() else [])
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        used = getattr(tokenizer.backend, name)
+        stored = getattr(model.config, name, None)
+        if used is None:
+            continue
+        if name == "eos_token_id" and stored is not None and stored != used:
+            console.warn(f"config.json says {name} {stored}, the tokenizer says {used}: using the tokenizer's.")
+        for target in targets:
+            setattr(target, name, used)
+
+
+def _load_tokens(flight: Preflight, tokenizer: Tokenizer, console: Console) -> TokenCache:
+    data = flight.preset.data
+    spec = CacheSpec(
+        flight.files,
+        data.text_column,
+        data.on_bad_line,
+        bos_id=tokenizer.bos_id if data.add_bos else None,
+        eos_id=tokenizer.eos_id if data.add_eos else None,
+    )
+    folder = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    check = partial(require_rows, max_length=data.max_length, packing=data.packing)
+    cache = open_or_build(spec, tokenizer, folder, check, console.say)
+    counts = cache.counts
+    console.say(f"Loaded {counts.documents} texts from {data.path}")
+    notes = {
+        **{f"skipped, {kind}": number for kind, number in counts.skipped.items()},
+        "empty texts dropped": counts.empty,
+        "texts with lone surrogates repaired": counts.repaired,
+    }
+    if any(notes.values()):
+        console.say("Data notes: " + ", ".join(f"{number} {what}" for what, number in notes.items() if number))
+    console.say(f"Token cache: {'reused' if cache.reused else 'built'} {cache.path}")
+    return cache
+
+
+def _make_rows(flight: Preflight, cache: TokenCache, console: Console) -> PackedRows | DocumentRows:
+    length, total = flight.preset.data.max_length, len(cache.tokens)
+    if flight.preset.data.packing:
+        packed = PackedRows(cache.tokens, length)
+        console.say(f"Packed: {total:,} tokens → {len(packed):,} chunks (max_length={length})")
+        return packed
+    rows = DocumentRows(cache.tokens, cache.offsets, length)
+    padding = 1 - rows.real_tokens / (len(rows) * length)
+    console.say(
+        f"Rows: {cache.documents:,} texts → {len(rows):,} rows (max_length={length}, {rows.cut:,} cut, "
+        f"{rows.left_out:,} of one token left out, {padding:.1%} padding)"
+    )
+    return rows
+
+
+def _announce(
+    flight: Preflight, context: ProcessContext, model: Any, accumulation: int, run: RunDirectory, console: Console
+) -> None:
+    """The last lines before the first step: what will be trained, how, and where it goes."""
+    training, data = flight.preset.training, flight.preset.data
+    rows = training.batch_size * accumulation * context.world_size
+    console.say(f"Run directory: {shown_path(run.path)}")
+    console.say(
+        f"Global batch: {training.batch_size} rows x {accumulation} micro-batches x {context.world_size} process = "
+        f"{rows} rows, up to {rows * data.max_length:,} tokens per step"
+    )
+    state = state_bytes(model)
+    console.say(f"Memory for parameters, gradients and AdamW: {binary_size(state)} (activations come on top)")
+    available = _available_memory(context.device)
+    if state > available:
+        console.warn(f"that is more than the {binary_size(available)} that {context.device} has free.")
+    console.say(
+        f"Starting training: max_steps={training.max_steps}, batch_size={training.batch_size}, "
+        f"grad_accum={accumulation}, lr={training.lr}, warmup={training.warmup_steps}"
+    )
+
+
+def _available_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _loop_parts(
+    flight: Preflight,
+    context: ProcessContext,
+    model: Any,
+    batches: StepBatches,
+    rows: int,
+    accumulation: int,
+    tracker: Tracker,
+    save: Callable[[Path], None],
+    run: RunDirectory,
+    console: Console,
+) -> LoopParts:
+    training = flight.preset.training
+    # This seeds dropout, independent of how much randomness building the model has used.
+    torch.manual_seed(training.seed)
+    optimizer = build_adamw(
+        model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
+    )
+    return LoopParts(
+        forward=CausalForward(model),
+        optimizer=optimizer,
+        batches=lambda step: [batch.to(context.device) for batch in batches.of_step(step)],
+        learning_rate=partial(
+            learning_rate,
+            peak=training.lr,
+            schedule=training.scheduler,
+            warmup_steps=training.warmup_steps,
+            max_steps=training.max_steps,
+            min_lr_ratio=training.min_lr_ratio,
+        ),
+        precision=_precision_context(flight, context),
+        tracker=tracker,
+        save=lambda step: save(run.checkpoint(step)),
+        on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(model), console=console),
+        max_steps=training.max_steps,
+        max_grad_norm=training.max_grad_norm,
+        log_steps=training.log_steps,
+        save_steps=training.save_steps,
+        rows_per_step=training.batch_size * accumulation * context.world_size,
+        rows_per_epoch=rows,
+    )
+
+
+def _precision_context(flight: Preflight, context: ProcessContext) -> Callable[[], AbstractContextManager[Any]]:
+    if not flight.precision.autocast:
+        return contextlib.nullcontext
+    return partial(torch.autocast, context.device.type, dtype=getattr(torch, flight.precision.compute))
+
+
+def _judge_first_loss(loss: float, vocabulary: int, console: Console) -> None:
+    """An untrained model predicts all tokens alike: its loss is near ln(vocabulary)."""
+    console.say(
+        f"First loss: {loss:.4f}; an untrained model over {vocabulary} tokens has about {math.log(vocabulary):.4f}"
+    )
+
+
+def _make_tracker(run: RunDirectory, max_steps: int, console: Console) -> CompositeTracker:
+    return CompositeTracker(
+        [JsonlTracker(run.metrics), TensorBoardTracker(run.tensorboard), ConsoleTracker(console, max_steps)]
+    )
+
+
+def _save(
+    target: Path, model: Any, tokenizer: Tokenizer, flight: Preflight, console: Console, announce: bool = True
+) -> None:
+    """Write a Hugging Face directory that is either complete or not there."""
+    with publish_directory(target) as temporary:
+        write_model_directory(temporary, model, tokenizer, flight.directory, getattr(torch, flight.precision.saved))
+    if announce:
+        console.say(f"Checkpoint saved: {shown_path(target)}")
+
+
+def _config_snapshot(
+    flight: Preflight, launch: LaunchDecisions, tokenizer: Tokenizer, cache: TokenCache, accumulation: int
+) -> dict[str, Any]:
+    """Content of pretrain_config.json."""
+    preset = flight.preset.model_dump(mode="json")
+    preset["model_dir"] = str(flight.directory.path)
+    preset["data"]["path"] = str(Path(str(preset["data"]["path"])).expanduser().absolute())
+    return {
+        "preset": preset,
+        "preset_file": str(flight.loaded.path.absolute()),
+        "overrides": list(flight.loaded.overrides),
+        "world_size": 1,
+        "grad_accum_steps": accumulation,
+        "device": launch.device,
+        "precision": asdict(flight.precision),
+        "decisions": [*launch.reasons, f"precision: {flight.precision.reason}"],
+        "model_hints": [asdict(hint) for hint in flight.hints],
+        "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+        "data": {
+            "files": [str(path) for path in flight.files],
+            "cache": str(cache.path),
+            "tokens": len(cache.tokens),
+            "counts": asdict(cache.counts),
+        },
+        "versions": {
+            "eulerforge": eulerforge.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "command": sys.argv,
+    }
