@@ -12,7 +12,6 @@ import gzip
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ class DocumentCounts:
     documents: int = 0
     empty: int = 0
     repaired: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 class _BadLine(Exception):
@@ -124,7 +123,7 @@ def iter_documents(
             except _BadLine as bad:
                 if on_bad_line == "error":
                     raise DataError(f"{path}:{number}: {bad}", bad.fix) from None
-                counts.skipped[bad.kind] += 1
+                counts.skipped[bad.kind] = counts.skipped.get(bad.kind, 0) + 1
                 continue
             if not text:
                 counts.empty += 1

@@ -1,0 +1,756 @@
+"""Everything that a user can get wrong, one row each: what the error must say, and that nothing is left behind.
+
+Each case starts from one small project that is right in all respects (`test_the_project_...` proves that it is) and
+spoils one thing. The contract is the same for all: exit code 2, three lines on stderr, and no file or directory made
+in the working directory, at `output_dir` or in the caches.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.kit.commands import Result, Workspace, run_command, run_here, run_python
+from tests.kit.models import write_custom, write_llama
+from tests.kit.tokenizers import write_byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+GOOD = """\
+device: cpu
+model_dir: model
+tokenizer: tokenizer
+output_dir: run
+data:
+  path: data.jsonl
+  max_length: 16
+training:
+  max_steps: 3
+  dtype: float32
+  amp: false
+"""
+
+Prepare = Callable[[Path], object]
+Expected = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to go wrong.
+
+    Attributes:
+        name: the test's id.
+        error: what the `Error:` line must hold.
+        fix: what the `Fix:` line must hold.
+        preset: content of preset.yml.
+        at: a line of the preset that the error must point to, as `preset.yml:<number>:`.
+        prepare: spoils the project, given its directory.
+        arguments: the command line.
+    """
+
+    name: str
+    error: tuple[str, ...]
+    fix: tuple[str, ...]
+    preset: str | bytes = GOOD
+    at: str | None = None
+    prepare: Prepare | None = None
+    arguments: tuple[str, ...] = ("pretrain", "--preset", "preset.yml")
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The file and line that the error must name."""
+        if self.at is None:
+            return ()
+        assert isinstance(self.preset, str)
+        lines = [line.strip() for line in self.preset.splitlines()]
+        assert lines.count(self.at) == 1, self.at
+        return (f"preset.yml:{lines.index(self.at) + 1}:",)
+
+
+def _tuple(expected: Expected) -> tuple[str, ...]:
+    return (expected,) if isinstance(expected, str) else expected
+
+
+def _with(*edits: tuple[str, str], text: str = GOOD) -> str:
+    """The good preset with lines `key: value` set in a section (`""` is the top level); replaces a key that is there.
+
+    Works on text, so that a test sees the preset as a user writes it, and can put anything into it.
+    """
+    lines = text.splitlines()
+    for section, line in edits:
+        indent = "  " if section else ""
+        key = f"{indent}{line.partition(':')[0]}:"
+        if section and f"{section}:" not in lines:
+            lines.append(f"{section}:")
+        same = [index for index, other in enumerate(lines) if other.startswith(key)]
+        if same:
+            lines[same[0]] = indent + line
+        else:
+            lines.insert(lines.index(f"{section}:") + 1 if section else 0, indent + line)
+    return "\n".join([*lines, ""])
+
+
+def _without(*keys: str) -> str:
+    """The good preset without some lines."""
+    return "".join(line for line in GOOD.splitlines(keepends=True) if line.strip().partition(":")[0] not in keys)
+
+
+def _preset(name: str, preset: str | bytes, error: Expected, fix: Expected, at: str | None = None) -> Case:
+    """A preset that is wrong as a file."""
+    return Case(name, _tuple(error), _tuple(fix), preset=preset, at=at)
+
+
+def _value(section: str, line: str, error: Expected, fix: Expected = "", name: str = "") -> Case:
+    """A line of the preset that is wrong; the error must name its key and line."""
+    key = f"{section}.{line.partition(':')[0]}".removeprefix(".")
+    return Case(
+        name or f"{key}={line.partition(':')[2].strip()}",
+        (f": {key}: ", *_tuple(error)),
+        _tuple(fix or key.rpartition(".")[2]),
+        preset=_with((section, line)),
+        at=line,
+    )
+
+
+def _set(*overrides: str, error: Expected, fix: Expected) -> Case:
+    """`--set` arguments that are wrong."""
+    arguments = [argument for override in overrides for argument in ("--set", override)]
+    return Case(
+        f"--set {' '.join(overrides)}", _tuple(error), _tuple(fix), arguments=(*Case.arguments, *arguments)
+    )
+
+
+def _project(
+    name: str, prepare: Prepare | None, error: Expected, fix: Expected, *edits: tuple[str, str], text: str = GOOD
+) -> Case:
+    """A preset that is right about a model, tokenizer, corpus or run directory that is wrong."""
+    return Case(name, _tuple(error), _tuple(fix), preset=_with(*edits, text=text), prepare=prepare)
+
+
+# --- Spoiling the model directory -------------------------------------------------------------------------------
+
+
+def _configure(root: Path, **values: Any) -> None:
+    """Change keys of the model's config.json."""
+    path = root / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _custom(root: Path, append: str = "", **config: Any) -> None:
+    """A model directory with custom code, with `append` at the end of its model file."""
+    shutil.rmtree(root / "model")
+    path = write_custom(root / "model", "failing", **{"kind": "none", "at": 0, **config}) / "modeling_kit.py"
+    path.write_text(path.read_text() + append)
+
+
+_MARKER = '\n\npathlib.Path("imported").touch()\n'
+"""Appended to custom code: shows in the working directory that the code ran."""
+
+
+def _broken_code(root: Path) -> None:
+    _custom(root)
+    (root / "model" / "helper_kit.py").write_text("import torch\n\ndef broken(:\n")
+    path = root / "model" / "modeling_kit.py"
+    path.write_text("from .helper_kit import broken\n" + path.read_text() + _MARKER)
+
+
+def _code_missing(root: Path) -> None:
+    _custom(root, _MARKER)
+    (root / "model" / "configuration_kit.py").unlink()
+
+
+def _weights(root: Path, **changes: torch.Tensor | None) -> Path:
+    """Write model.safetensors for the tiny Llama, with tensors replaced or left out (`__` stands for a dot)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    state = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root / "model")).state_dict()
+    tensors: dict[str, torch.Tensor] = {name: tensor.clone() for name, tensor in state.items()}
+    for name, tensor in changes.items():
+        key = name.replace("__", ".")
+        if tensor is None:
+            del tensors[key]
+        else:
+            tensors[key] = tensor
+    path = root / "model" / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+def _truncated_weights(root: Path) -> None:
+    path = _weights(root)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _index(root: Path, content: str) -> None:
+    (root / "model" / "model.safetensors.index.json").write_text(content)
+
+
+class _Payload:
+    """What a hostile pickle holds: a call that leaves a trace."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("imported",))
+
+
+# --- Spoiling the tokenizer -------------------------------------------------------------------------------------
+
+
+def _tokenizer(root: Path, **options: Any) -> None:
+    shutil.rmtree(root / "tokenizer")
+    write_byte_tokenizer(root / "tokenizer", **options)
+
+
+# --- Spoiling the corpus ----------------------------------------------------------------------------------------
+
+
+def _corpus(content: bytes, root: Path) -> None:
+    (root / "data.jsonl").write_bytes(content)
+
+
+def _data(name: str, content: bytes, error: Expected, fix: Expected, *edits: tuple[str, str]) -> Case:
+    """A corpus of these bytes."""
+    return _project(f"data {name}", partial(_corpus, content), error, fix, *edits)
+
+
+_LINE = b'{"text": "a document that is long enough"}\n'
+
+PRESET_CASES = [
+    Case(
+        "preset missing", ("preset not found", "none.yml"), ("--preset",), arguments=("pretrain", "--preset", "none.yml")
+    ),
+    Case(
+        "preset is a directory",
+        ("is a directory", "model"),
+        ("YAML file", "--preset"),
+        arguments=("pretrain", "--preset", "model"),
+    ),
+    Case(
+        "preset below a file",
+        ("data.jsonl/preset.yml", "Not a directory"),
+        ("path",),
+        arguments=("pretrain", "--preset", "data.jsonl/preset.yml"),
+    ),
+    _preset("not UTF-8", GOOD.encode() + b"# \xff\n", ("preset.yml", "UTF-8", f"byte {len(GOOD) + 2}"), "UTF-8"),
+    _preset("UTF-16", GOOD.encode("utf-16"), ("preset.yml", "UTF-8"), "UTF-8"),
+    _preset("empty", "", ("preset.yml", "empty"), ("model_dir", "data.path", "training.max_steps")),
+    _preset("only a comment", "# model_dir: x\n", ("preset.yml", "empty"), "model_dir"),
+    _preset("a list", "- model_dir: model\n", ("preset.yml:1:", "mapping"), "model_dir: ..."),
+    _preset("a word", "pretrain\n", ("preset.yml:1:", "mapping"), "model_dir: ..."),
+    _preset("YAML syntax", GOOD + "x: [1, 2\n", ("not valid YAML", "preset.yml:13"), ("syntax", "line")),
+    _preset("bad indentation", _with(("training", " lr: 1")), "not valid YAML", "indentation", at="max_steps: 3"),
+    _preset("tab", _with(("training", "lr:\t1\n\tseed: 1")), "not valid YAML", "line"),
+    _preset("two documents", GOOD + "---\n" + GOOD, ("preset.yml:12:", "not valid YAML"), "line"),
+    _preset("Python object", _with(("", "seed: !!python/name:os.system")), "preset.yml:1", "line"),
+    _preset(
+        "duplicate key at top level",
+        GOOD + "device: cuda\n",
+        ("duplicate key device", "first on line 1"),
+        "remove one",
+        at="device: cuda",
+    ),
+    _preset(
+        "duplicate key in a section",
+        GOOD + "  max_steps: 4\n",
+        ("duplicate key training.max_steps", "first on line 9"),
+        "remove one",
+        at="max_steps: 4",
+    ),
+    _preset("key is not text", _with(("", "on: 1")), ("the key on is not text",), 'quote it: "on"', at="on: 1"),
+    _value("", "devise: cpu", "unknown key", "did you mean device?"),
+    _value("data", "max_lenght: 8", "unknown key", "did you mean data.max_length?"),
+    _value("training", "lerning_rate: 1", "unknown key", ""),
+    _value("training", "warmup_step: 1", "unknown key", "did you mean training.warmup_steps?"),
+    _value("training", "batch-size: 2", "unknown key", "training.batch_size"),
+    _value("training", "num-steps: 2", "unknown key", "training.max_steps"),
+    _value("distributed", "stategy: auto", "unknown key", "did you mean distributed.strategy?"),
+    _value("", "lr: 0.1", "unknown key", "training.lr"),
+    _value("training", "packing: true", "unknown key", "data.packing"),
+    _value("", "xyzzy: 1", "unknown key", "eulerforge schema"),
+    _preset(
+        "section is a list",
+        GOOD.replace("  path: data.jsonl\n  max_length: 16\n", "- path: data.jsonl\n"),
+        (": data: ", "mapping"),
+        "data",
+        at="data:",
+    ),
+    _preset(
+        "section is a number",
+        GOOD.replace("  path: data.jsonl\n  max_length: 16\n", "").replace("data:", "data: 5"),
+        (": data: ", "mapping"),
+        "data",
+        at="data: 5",
+    ),
+    _preset("section is null", GOOD + "distributed:\n", (": distributed: ", "mapping"), "distributed"),
+    _preset("no model_dir", _without("model_dir"), ("model_dir", "required", "missing"), "add model_dir"),
+    _preset("no data", _without("data", "path", "max_length"), ("preset.yml: data: ", "missing"), "add data"),
+    _preset(
+        "no training",
+        _without("training", "max_steps", "dtype", "amp"),
+        ("preset.yml: training: ", "missing"),
+        "add training",
+    ),
+    _preset(
+        "no max_steps", _without("max_steps"), ("training.max_steps", "missing"), "add training.max_steps", at="training:"
+    ),
+    _preset("no data.path", _without("path"), ("data.path", "missing"), "add data.path", at="data:"),
+    *(
+        _value("", f"{key}: {value}", "eulerforge train", f"remove {key}")
+        for key, value in (("injection", "{lora_r: 8}"), ("moe", "{experts: 4}"), ("backbone", "qwen"))
+    ),
+]
+
+VALUE_CASES = [
+    *(
+        _value("training", f"max_steps: {value}", expected)
+        for value, expected in (
+            ("1.5", ("whole number", "1.5")),
+            ("true", ("whole number", "true")),
+            ("ten", ("whole number", "'ten'")),
+            ("010", ("whole number", "'010'")),
+            ("0", ("greater than or equal to 1", "0")),
+            ("-1", ("greater than or equal to 1", "-1")),
+            ("[3]", ("whole number", "a list")),
+        )
+    ),
+    _preset(
+        "training.max_steps=null",
+        _with(("training", "max_steps:")),
+        (": training.max_steps: ", "whole number", "null"),
+        "training.max_steps",
+        at="max_steps:",
+    ),
+    *(
+        _value("training", f"lr: {value}", expected)
+        for value, expected in (
+            (".nan", ("finite", "nan")),
+            ("nan", ("finite", "'nan'")),
+            ("inf", ("finite", "'inf'")),
+            (".inf", ("finite", "inf")),
+            ("1e999", ("finite", "inf")),
+            ("-1", ("greater than or equal to 0", "-1")),
+            ("fast", ("number", "'fast'")),
+            ("true", ("number", "true")),
+        )
+    ),
+    _value("training", "betas: [0.9]", "two numbers", "betas: [0.9, 0.95]"),
+    _value("training", "betas: [0.9, 0.9, 0.9]", "two numbers", "betas: [0.9, 0.95]"),
+    _value("training", "betas: 0.9", "two numbers", "betas: [0.9, 0.95]"),
+    _value("training", "betas: [0.9, 1.0]", ("less than 1", "1"), "betas"),
+    _value("training", "eps: 0", "greater than 0"),
+    _value("training", "min_lr_ratio: 2", "less than or equal to 1"),
+    _value("training", "seed: -1", "greater than or equal to 0"),
+    _value("training", "max_grad_norm: 0", "greater than 0"),
+    _value("training", "scheduler: polynomial", ("'cosine'", "'wsd'", "'polynomial'"), "one of those values"),
+    _value("training", "dtype: bf16", ("'bfloat16'", "'float32'", "'bf16'"), "one of those values"),
+    _value("training", "amp: maybe", ("true, false", "'maybe'")),
+    _value("training", "warmup_steps: 4", ("warm-up", "4", "max_steps 3"), "training.warmup_steps"),
+    _value("training", "global_batch_size: 5", ("not a multiple", "5", "batch_size 2"), "multiple"),
+    _value("data", "packing: maybe", ("true or false", "'maybe'")),
+    _value("data", "max_length: 1", ("greater than or equal to 2", "1")),
+    _value("data", "text_column: [text]", ("text", "a list")),
+    _value("data", "path: 5", ("path as text", "5")),
+    _value("data", "path: ''", ("path as text", "''")),
+    _value("data", "on_bad_line: ignore", ("'error'", "'skip'", "'ignore'"), "one of those values"),
+    _value("", "model_dir: 2024", ("text", 'quote it: "2024"')),
+    _value("", "model_dir: true", ("text", "quote it")),
+    _value("", "output_dir: 1.10", ("text", "quote it")),
+    _value("", "tokenizer: ''", "empty"),
+    _value("", "device: gpu", ("device", "'gpu'"), ("cuda", "cuda:N", "cpu")),
+    _value("", "device: cuda:-1", ("device", "'cuda:-1'"), ("cuda", "cuda:N", "cpu")),
+]
+"""Wrong types, ranges and combinations."""
+
+UNAVAILABLE_CASES = [
+    _value("data", "validation: {fraction: 0.1}", "not available in this version", "remove"),
+    _value("data", "path: [a.jsonl, b.jsonl]", "not available in this version", "one path or glob"),
+    _value("data", "path: {a.jsonl: 0.5}", "not available in this version", "one path or glob"),
+    _value("data", "num_workers: 4", "this version", "auto or 1"),
+    _value("training", "compile: true", "not available in this version", "false"),
+    _value("training", "activation_checkpointing: true", "not available in this version", "false"),
+    _value("training", "activation_checkpointing: 2", "not available in this version", "false"),
+    _value("training", "amp: selective", "not available in this version", ("float32", "amp: false")),
+    _value("training", "dtype: float16", "not available in this version", "bfloat16 or float32"),
+    _preset(
+        "bfloat16 without amp",
+        _with(("training", "dtype: bfloat16"), ("training", "amp: false")),
+        (": training.amp: ", "not available in this version"),
+        "leave amp unset",
+        at="amp: false",
+    ),
+    _value("training", "keep_checkpoints: 3", "this version keeps every checkpoint", "all"),
+    _value("distributed", "strategy: fsdp", "this version", "auto"),
+    _value("distributed", "nproc_per_node: 2", "this version", "auto or 1"),
+]
+"""Values that the schema knows and this version cannot honour: refused, never ignored."""
+
+SET_CASES = [
+    _set("training.lr", error=("--set training.lr", "no '='"), fix="section.key=value"),
+    _set("=1", error=("--set =1", "no key"), fix="section.key=value"),
+    _set("training.lrr=1", error=("--set training.lrr", "unknown key"), fix="training.lr"),
+    _set("lr=1", error=("--set lr", "unknown key"), fix="training.lr"),
+    _set("training.lr.x=1", error=("--set training.lr.x", "unknown key"), fix=""),
+    _set("training.=1", error=("--set training.", "unknown key"), fix=""),
+    _set("data.path=*.jsonl", error=("--set data.path=*.jsonl",), fix="quote the value"),
+    _set("data.path=[a", error=("--set data.path=[a", "not valid YAML"), fix="quote the value"),
+    _set("training.max_steps=1.5", error=("--set training.max_steps", "whole number", "1.5"), fix="training.max_steps"),
+    _set("training.max_steps=", error=("--set training.max_steps", "whole number"), fix="training.max_steps"),
+    _set("data.packing=maybe", error=("--set data.packing", "true or false", "'maybe'"), fix="data.packing"),
+    _set("training=5", error=("--set training", "mapping"), fix="training"),
+    _set("training.compile=true", error=("--set training.compile", "not available in this version"), fix="false"),
+    _set("training.warmup_steps=9", error=("--set training.warmup_steps", "max_steps 3"), fix="training.max_steps"),
+    *(
+        _set(f"{key}.x=1", error=(f"--set {key}", "eulerforge train"), fix=f"remove {key}")
+        for key in ("injection", "moe", "backbone")
+    ),
+    _set("moe=true", error=("--set moe", "eulerforge train"), fix="remove moe"),
+]
+
+USAGE_CASES = [
+    Case("no command", ("COMMAND",), ("eulerforge --help",), arguments=()),
+    Case("unknown command", ("'finetune'", "pretrain"), ("eulerforge --help",), arguments=("finetune",)),
+    Case("unknown option", ("--lr",), ("--help",), arguments=(*Case.arguments, "--lr", "1")),
+    Case("stray argument", ("more.yml",), ("--help",), arguments=(*Case.arguments, "more.yml")),
+    Case("missing --preset", ("--preset",), ("eulerforge pretrain --help",), arguments=("pretrain",)),
+    Case("--preset without value", ("--preset",), ("pretrain --help",), arguments=("pretrain", "--preset")),
+    Case("--set without value", ("--set",), ("pretrain --help",), arguments=(*Case.arguments, "--set")),
+    Case(
+        "empty --output-dir",
+        ("output_dir", "empty"),
+        ("output_dir",),
+        arguments=(*Case.arguments, "--output-dir", ""),
+    ),
+]
+
+_CONFIG = "model/config.json"
+
+MODEL_CASES = [
+    _project("model_dir absent", None, ("model_dir", "/none", "nothing"), "config.json", ("", "model_dir: none")),
+    _project(
+        "model_dir is a file", None, ("model_dir", "data.jsonl", "a file"), "config.json", ("", "model_dir: data.jsonl")
+    ),
+    _project(
+        "no config.json", lambda root: (root / _CONFIG).unlink(), ("model_dir", "/model", "no config.json"), "model_dir"
+    ),
+    _project(
+        "config.json malformed",
+        lambda root: (root / _CONFIG).write_text('{"model_type": "llama",\n'),
+        (_CONFIG, "not valid JSON", "line"),
+        "config.json",
+    ),
+    _project(
+        "config.json is a list",
+        lambda root: (root / _CONFIG).write_text("[]"),
+        (_CONFIG, "JSON object"),
+        "config.json",
+    ),
+    _project(
+        "no model_type",
+        lambda root: (root / _CONFIG).write_text('{"vocab_size": 260}'),
+        (_CONFIG, "model_type"),
+        "model_type",
+    ),
+    _project(
+        "unknown model_type",
+        partial(_configure, model_type="llamma"),
+        ("/model", "llamma"),
+        "config.json",
+    ),
+    _project(
+        "model_type is not text", partial(_configure, model_type=5), ("/model", "model_type"), "config.json"
+    ),
+    _project(
+        "constructor raises", partial(_configure, hidden_act="swish9"), ("cannot build the model", "swish9"), "config.json"
+    ),
+    _project(
+        "impossible size", partial(_configure, hidden_size=-16), ("/model", "cannot"), "config.json"
+    ),
+    _project(
+        "custom code without trust_remote_code",
+        partial(_custom, append=_MARKER),
+        ("modeling_kit.py", "configuration_kit.py", "trust_remote_code"),
+        "trust_remote_code: true",
+    ),
+    _project(
+        "custom code with a syntax error",
+        _broken_code,
+        ("helper_kit.py:3", "not valid Python"),
+        "code",
+        ("", "trust_remote_code: true"),
+    ),
+    _project(
+        "custom file missing",
+        _code_missing,
+        ("configuration_kit.py is missing", "AutoConfig"),
+        "model_dir",
+        ("", "trust_remote_code: true"),
+    ),
+    _project(
+        "custom code needs a package",
+        partial(_custom, append=f"\nimport no_such_package_abc.deep{_MARKER}"),
+        ("no_such_package_abc", "not installed"),
+        "pip install no_such_package_abc",
+        ("", "trust_remote_code: true"),
+    ),
+    _project(
+        "auto_map names a class that is not there",
+        partial(
+            _custom,
+            auto_map={"AutoConfig": "configuration_kit.KitConfig", "AutoModelForCausalLM": "modeling_kit.KitModell"},
+        ),
+        ("/model", "KitModell"),
+        "config.json",
+        ("", "trust_remote_code: true"),
+    ),
+    _project("weights truncated", _truncated_weights, ("model.safetensors", "cannot be read"), "again"),
+    _project(
+        "weights are no weights",
+        lambda root: (root / "model" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        ("model.safetensors", "cannot be read"),
+        "again",
+    ),
+    _project(
+        "weight missing",
+        lambda root: _weights(root, model__norm__weight=None),
+        ("model.safetensors", "1 missing: model.norm.weight"),
+        "weight",
+    ),
+    _project(
+        "weight unexpected",
+        lambda root: _weights(root, model__extra__weight=torch.zeros(2)),
+        ("model.safetensors", "1 unexpected: model.extra.weight"),
+        "weight",
+    ),
+    _project(
+        "weight of another shape",
+        lambda root: _weights(root, lm_head__weight=torch.zeros(7, 16)),
+        ("model.safetensors", "shape: lm_head.weight", "[7, 16]", "[260, 16]"),
+        "weight",
+    ),
+    _project(
+        "weight renamed",
+        lambda root: _weights(root, model__norm__weight=None, model__extra__weight=torch.zeros(2)),
+        ("model.safetensors", "missing: model.norm.weight", "unexpected: model.extra.weight"),
+        "weight",
+    ),
+    _project(
+        "index names a missing shard",
+        lambda root: _index(root, '{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}'),
+        ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "does not exist"),
+        "shard",
+    ),
+    _project(
+        "index is not JSON",
+        lambda root: _index(root, '{"weight_map": '),
+        ("model.safetensors.index.json", "not a valid weight index"),
+        "again",
+    ),
+    _project(
+        "index without weight_map",
+        lambda root: _index(root, "{}"),
+        ("model.safetensors.index.json", "not a valid weight index", "weight_map"),
+        "again",
+    ),
+    _project(
+        "index is a list of shards",
+        lambda root: _index(root, '{"weight_map": {"lm_head.weight": 5}}'),
+        ("model.safetensors.index.json", "not a valid weight index"),
+        "again",
+    ),
+    _project(
+        "weights are a hostile pickle",
+        lambda root: (root / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(), protocol=2)),
+        ("pytorch_model.bin", "cannot be read"),
+        "again",
+    ),
+    _project(
+        "weights are a pickle of something else",
+        lambda root: torch.save([1, 2], root / "model" / "pytorch_model.bin"),
+        ("pytorch_model.bin",),
+        "again",
+    ),
+    _project(
+        "max_length beyond the context",
+        None,
+        ("data.max_length 256", "max_position_embeddings 128"),
+        ("data.max_length", "128", "max_position_embeddings"),
+        ("data", "max_length: 256"),
+    ),
+]
+
+_NO_TOKENIZER = _without("tokenizer")
+
+TOKENIZER_CASES = [
+    _project(
+        "no tokenizer", None, ("tokenizer", "not set", "/model"), "set tokenizer to a tokenizer", text=_NO_TOKENIZER
+    ),
+    _project(
+        "no tokenizer, but config.json names one",
+        partial(_configure, tokenizer={"pretrained": "acme/bytes"}),
+        ("tokenizer", "not set", "/model"),
+        ("tokenizer: acme/bytes", "tokenizer.pretrained"),
+        text=_NO_TOKENIZER,
+    ),
+    _project(
+        "tokenizer path absent", None, ("tokenizer", "./none", "not a directory"), "tokenizer.json", ("", "tokenizer: ./none")
+    ),
+    _project(
+        "tokenizer is a file", None, ("tokenizer", "data.jsonl", "not a directory"), "tokenizer", ("", "tokenizer: data.jsonl")
+    ),
+    _project(
+        "tokenizer directory without files",
+        lambda root: (root / "hollow").mkdir(),
+        ("tokenizer", "hollow", "directory"),
+        "tokenizer.json",
+        ("", "tokenizer: hollow"),
+    ),
+    _project(
+        "tokenizer not in the hub cache",
+        None,
+        ("tokenizer", "acme/never-cached", "hub name"),
+        "cache",
+        ("", "tokenizer: acme/never-cached"),
+    ),
+    _project(
+        "tokenizer without EOS",
+        partial(_tokenizer, eos=False),
+        ("tokenizer", "no EOS token", "data.add_eos"),
+        ("eos_token", "data.add_eos: false"),
+    ),
+    _project(
+        "tokenizer without BOS",
+        None,
+        ("tokenizer", "no BOS token", "data.add_bos"),
+        ("bos_token", "data.add_bos: false"),
+        ("data", "add_bos: true"),
+    ),
+    _project(
+        "tokenizer.json cut off",
+        lambda root: (root / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "model":'),
+        ("cannot load", "tokenizer"),
+        "tokenizer.json",
+    ),
+    _project(
+        "tokenizer.json of another kind",
+        lambda root: (root / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "Quipu"}}'),
+        ("cannot load", "tokenizer"),
+        "tokenizer.json",
+    ),
+]
+
+DATA_CASES = [
+    _project("data absent", None, ("data.path", "none.jsonl", "does not exist"), "data.path", ("data", "path: none.jsonl")),
+    _project(
+        "data directory without JSONL",
+        None,
+        ("data.path", "directory model", "holds no", ".ndjson"),
+        "JSONL",
+        ("data", "path: tokenizer/.."),
+    )
+    if False
+    else _project(
+        "data directory without JSONL",
+        lambda root: _note(root),
+        ("data.path", "corpus", "holds no", ".jsonl"),
+        "JSONL",
+        ("data", "path: corpus"),
+    ),
+    _project("data glob without match", None, ("data.path", "glob", "x*.jsonl"), "pattern", ("data", "path: x*.jsonl")),
+    _data("empty", b"", ("data.jsonl", "empty"), "at least one JSON line"),
+    _data("blank lines", b"\n  \n\r\n", ("data.jsonl", "no usable document"), "data.text_column"),
+    _data("empty texts", b'{"text": ""}\n' * 3, ("data.jsonl", "no usable document", "3 empty texts"), "non-empty text"),
+    _data(
+        "only bad lines, skipped",
+        b"5\n[]\n{}\n",
+        ("data.jsonl", "no usable document", "2 not an object", "1 no text column"),
+        "non-empty text",
+        ("data", "on_bad_line: skip"),
+    ),
+    _data(
+        "no text column",
+        b'{"content": "x", "id": 1}\n',
+        ("data.jsonl:1:", "no key 'text'", "keys found: 'content', 'id'"),
+        "data.text_column",
+    ),
+    _data(
+        "no nested text column",
+        b'{"body": {"de": "x"}}\n',
+        ("data.jsonl:1:", "no key 'body.en'", "keys found: 'body'"),
+        "data.text_column",
+        ("data", "text_column: body.en"),
+    ),
+    _data("empty object", b"{}\n", ("data.jsonl:1:", "no key 'text'", "keys found: none"), "data.text_column"),
+    *(
+        _data(f"text is {what}", b'{"text": %s}\n' % raw, ("data.jsonl:1:", "'text' holds", what), "data.on_bad_line")
+        for raw, what in ((b"null", "null"), (b"5", "a number"), (b'["a"]', "a list"), (b"true", "a boolean"))
+    ),
+    *(
+        _data(f"line is {what}", raw + b"\n", ("data.jsonl:1:", what, "not a JSON object"), '{"text": "..."}')
+        for raw, what in ((b'"abc"', "a string"), (b"[1]", "a list"), (b"5", "a number"), (b"null", "null"))
+    ),
+    _data(
+        "line 3 of 5 is malformed",
+        _LINE * 2 + b'{"text": oops}\n' + _LINE * 2,
+        ("data.jsonl:3:", "malformed JSON"),
+        "data.on_bad_line: skip",
+    ),
+    _data("cut-off last line", (_LINE * 3)[:-6], ("data.jsonl:3:", "malformed JSON"), "data.on_bad_line: skip"),
+    _data("a JSON array over lines", b'[\n{"text": "a"}\n]\n', ("data.jsonl:1:", "malformed JSON"), "line"),
+    _data(
+        "invalid UTF-8", _LINE + b'{"text": "\xff"}\n', ("data.jsonl:2:", "invalid UTF-8 at byte 10"), "save the file as UTF-8"
+    ),
+    _data("nested too deeply", b"[" * 200_000 + b"\n", ("data.jsonl:1:", "nested too deeply"), "data.on_bad_line"),
+    _data("zstd", b"\x28\xb5\x2f\xfd" + bytes(20), ("data.jsonl", "zstd"), "JSONL"),
+    _data("Parquet", b"PAR1" + bytes(20), ("data.jsonl", "Parquet"), "JSONL"),
+    _data("gzip cut off", gzip.compress(_LINE * 100)[:-30], ("data.jsonl", "cut-off gzip"), "again"),
+    _data(
+        "gzip damaged",
+        gzip.compress(_LINE * 100, mtime=0)[:10] + b"\xff" * 40,
+        ("data.jsonl", "damaged"),
+        "again",
+    ),
+    _data("shorter than a chunk", b'{"text": "abcd"}\n', ("5 tokens", "data.max_length 16"), "at most 5"),
+    _data(
+        "no document of two tokens",
+        b'{"text": "a"}\n{"text": "b"}\n',
+        "no document has two tokens",
+        "longer texts",
+        ("data", "packing: false"),
+        ("data", "add_eos: false"),
+    ),
+    _project(
+        "cache_dir is a file", None, ("data.cache_dir", "data.jsonl"), "data.cache_dir", ("data", "cache_dir: data.jsonl")
+    ),
+]
+
+OUTPUT_CASES = [
+    _project("output_dir in use", None, ("output_dir", "/model is not empty"), "new output_dir", ("", "output_dir: model")),
+    _project(
+        "output_dir is a file", None, ("output_dir", "data.jsonl is a file"), "directory", ("", "output_dir: data.jsonl")
+    ),
+    _project(
+        "output_dir below a file",
+        None,
+        ("output_dir", "data.jsonl/a/run", "cannot be made"),
+        "choose",
+        ("", "output_dir: data.jsonl/a/run"),
+    ),
+    _project(
+        "output_dir not writable",
+        None,
+        ("output_dir", "/proc/eulerforge/run", "cannot be made"),
+        "choose a place",
+        ("", "output_dir: /proc/eulerforge/run"),
+    ),
+]

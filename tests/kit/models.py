@@ -1,0 +1,263 @@
+"""Small model directories. The trainer takes any directory with custom code, so the model is the measuring tool.
+
+Custom code is written as text, the way a user's directory holds it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VOCAB = 260
+"""Room for the 256 bytes, `<eos>` and a few more."""
+
+_CONFIGURATION = """
+from transformers import PretrainedConfig
+
+
+class KitConfig(PretrainedConfig):
+    model_type = "kit"
+
+    def __init__(self, vocab_size=260, hidden_size=16, shift=1, **kwargs):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.shift = shift
+        self.num_hidden_layers = 1
+        super().__init__(**kwargs)
+"""
+
+_HEADER = """
+import json
+import os
+import pathlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_kit import KitConfig
+"""
+
+_PROBE = '''
+
+class KitModel(PreTrainedModel):
+    """Embedding + head that writes what it is called with to $PROBE_DIR/rank{RANK}.jsonl."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def set_input_embeddings(self, value):
+        self.embed = value
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, value):
+        self.head = value
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, use_cache=None):
+        rank = os.environ.get("RANK", "0")
+        record = {
+            "input_ids": input_ids.tolist(),
+            "labels": None if labels is None else labels.tolist(),
+            "attention_mask": None if attention_mask is None else attention_mask.tolist(),
+            "position_ids": None if position_ids is None else position_ids.tolist(),
+            "use_cache": use_cache,
+            "dtype": str(self.embed.weight.dtype),
+            "autocast": torch.is_autocast_enabled("cpu"),
+            "training": self.training,
+        }
+        with open(pathlib.Path(os.environ["PROBE_DIR"]) / f"rank{rank}.jsonl", "a") as sink:
+            sink.write(json.dumps(record) + "\\n")
+        return CausalLMOutput(logits=self.head(self.embed(input_ids)))
+'''
+
+_ORACLE = '''
+
+class KitModel(PreTrainedModel):
+    """Logits at t are one-hot (x 30) on the token at t + shift. Its own loss does not shift and is a trap."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.post_init()
+
+    def forward(self, input_ids, labels=None):
+        ahead = torch.roll(input_ids, -self.config.shift, dims=1)
+        logits = 30.0 * nn.functional.one_hot(ahead, self.config.vocab_size).float() + 0.0 * self.scale
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+'''
+
+_BUFFERS = '''
+from .helper_kit import decay_table
+
+
+class KitModel(PreTrainedModel):
+    """Non-persistent buffer and a plain tensor attribute made in __init__, and nothing that restores them."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {"head.weight": "embed.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("table", decay_table(config.hidden_size), persistent=False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.offsets = torch.arange(config.hidden_size) / config.hidden_size
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def set_input_embeddings(self, value):
+        self.embed = value
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, value):
+        self.head = value
+
+    def forward(self, input_ids):
+        return CausalLMOutput(logits=self.head(self.embed(input_ids) * self.table + self.offsets))
+'''
+
+_HELPER = """
+import torch
+
+from .constants_kit import BASE
+
+
+def decay_table(size):
+    return torch.exp(-torch.arange(size) / BASE)
+"""
+
+_ROUTED = '''
+
+class KitModel(PreTrainedModel):
+    """Cross entropy that no parameter changes, and an auxiliary loss that is linear in one: grad_norm is `factor`."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.router = nn.Parameter(torch.ones(1))
+        self.post_init()
+
+    def forward(self, input_ids):
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size) + 0.0 * self.router
+        output = CausalLMOutput(logits=logits)
+        output["aux_loss"] = self.config.factor * self.router.sum()
+        return output
+'''
+
+_FAILING = '''
+
+class KitModel(PreTrainedModel):
+    """Misbehaves at forward number `at`: config.kind is nan, grad (infinite gradient) or raise."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.calls = 0
+        self.post_init()
+
+    def forward(self, input_ids):
+        self.calls += 1
+        logits = self.head(self.embed(input_ids))
+        if self.calls == self.config.at:
+            if self.config.kind == "raise":
+                raise RuntimeError("the model broke on purpose")
+            if self.config.kind == "nan":
+                logits = logits * float("nan")
+            if self.config.kind == "grad":
+                logits.register_hook(lambda gradient: gradient * float("inf"))
+        return CausalLMOutput(logits=logits)
+'''
+
+CODE = {"probe": _PROBE, "oracle": _ORACLE, "buffers": _BUFFERS, "routed": _ROUTED, "failing": _FAILING}
+
+
+def write_custom(path: Path, kind: str, **config: Any) -> Path:
+    """Write a model directory with custom code.
+
+    Args:
+        kind: a key of `CODE`.
+        config: further keys of config.json.
+    """
+    path.mkdir(parents=True)
+    # Unlike code in each kind: transformers maps a configuration class to one model class per process, so two kinds
+    # with the same configuration file would share the model of whichever came first.
+    (path / "configuration_kit.py").write_text(f"# {kind}\n{_CONFIGURATION}")
+    (path / "modeling_kit.py").write_text(_HEADER + CODE[kind])
+    (path / "helper_kit.py").write_text(_HELPER)
+    (path / "constants_kit.py").write_text("BASE = 8.0\n")
+    values = {
+        "architectures": ["KitModel"],
+        "model_type": "kit",
+        "vocab_size": VOCAB,
+        "auto_map": {
+            "AutoConfig": "configuration_kit.KitConfig",
+            "AutoModelForCausalLM": "modeling_kit.KitModel",
+        },
+        **config,
+    }
+    (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+def write_llama(path: Path, **config: Any) -> Path:
+    """Write the config.json of a tiny Llama (no weights)."""
+    path.mkdir(parents=True)
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        **config,
+    }
+    (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+def write_mixtral(path: Path, **config: Any) -> Path:
+    """Write the config.json of a tiny Mixtral, a Hugging Face model with router loss and fused experts."""
+    values = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        **config,
+    }
+    return write_llama(path, **values)
