@@ -60,7 +60,7 @@ def inspect(loaded: LoadedPreset) -> Preflight:
     files = attempts.run(lambda: resolve_files(str(preset.data.path)))
     if files:
         attempts.run(lambda: _peek(files, preset))
-    attempts.run(lambda: check_output_dir(Path(preset.output_dir or "outputs/pretrain_run")))
+    attempts.run(lambda: check_output_dir(preset.output_dir))
     if directory is None:
         raise attempts.error()
     preset, hints = attempts.run(lambda: apply_hints(loaded, directory.config)) or (preset, ())

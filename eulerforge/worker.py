@@ -27,6 +27,7 @@ import transformers
 
 import eulerforge
 from eulerforge.config.checks import grad_accum_steps
+from eulerforge.config.schema import TrainingSection
 from eulerforge.data.cache import CacheSpec, TokenCache, default_cache_dir, open_or_build
 from eulerforge.data.rows import DocumentRows, PackedRows, StepBatches, require_rows
 from eulerforge.distributed.context import ProcessContext, single_process
@@ -61,6 +62,35 @@ class LaunchDecisions:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Setup:
+    """All that has been loaded and found good before the run directory is made.
+
+    Attributes:
+        accumulation: micro-batches per step.
+    """
+
+    flight: Preflight
+    launch: LaunchDecisions
+    context: ProcessContext
+    tokenizer: Tokenizer
+    model: Any
+    cache: TokenCache
+    rows: PackedRows | DocumentRows
+    accumulation: int
+    console: Console
+
+    @property
+    def training(self) -> TrainingSection:
+        """The preset's `training` section."""
+        return self.flight.preset.training
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step over all processes."""
+        return self.training.batch_size * self.accumulation * self.context.world_size
+
+
 def pretrain(flight: Preflight, launch: LaunchDecisions, console: Console) -> Path:
     """Run a pretraining from checked input to `final/`; the run directory.
 
@@ -69,39 +99,31 @@ def pretrain(flight: Preflight, launch: LaunchDecisions, console: Console) -> Pa
         TrainingError: the run could not go on; status.json says why.
     """
     transformers.utils.logging.disable_progress_bar()
-    context = single_process(launch.device)
+    setup = _set_up(flight, launch, console)
+    run = RunDirectory.create(flight.preset.output_dir, datetime.now())
+    state = TrainState()
+    with _recorded(run, state, console):
+        run.write_config(_config_snapshot(setup))
+        _announce(setup, run)
+        with contextlib.closing(_make_tracker(setup, run)) as tracker:
+            meter = fit(_loop_parts(setup, run, tracker), state)
+        _save(setup, run.final)
+        done = f"Training complete. {state.step} steps in {meter.elapsed:.1f}s."
+        console.say(f"{done} Final model saved to {shown_path(run.final)}")
+    return run.path
+
+
+def _set_up(flight: Preflight, launch: LaunchDecisions, console: Console) -> Setup:
+    """Load everything; the last place where the input can turn out to be wrong."""
     preset = flight.preset
+    context = single_process(launch.device)
     tokenizer = load_tokenizer(flight.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos)
     model = _load_model(flight, tokenizer, console)
     cache = _load_tokens(flight, tokenizer, console)
     rows = _make_rows(flight, cache, console)
+    model.to(context.device).train()
     accumulation = grad_accum_steps(preset, context.world_size)
-    batches = StepBatches(
-        rows,
-        preset.training.seed,
-        preset.training.batch_size,
-        accumulation,
-        context.rank,
-        context.world_size,
-        tokenizer.pad_id,
-    )
-    run = RunDirectory.create(preset.output_dir, datetime.now())
-    state = TrainState()
-    with _recorded(run, state, console):
-        model.to(context.device).train()
-        run.write_config(_config_snapshot(flight, launch, tokenizer, cache, accumulation))
-        _announce(flight, context, model, accumulation, run, console)
-        save = partial(_save, model=model, tokenizer=tokenizer, flight=flight, console=console)
-        tracker = _make_tracker(run, preset.training.max_steps, console)
-        with contextlib.closing(tracker):
-            meter = fit(
-                _loop_parts(flight, context, model, batches, len(rows), accumulation, tracker, save, run, console),
-                state,
-            )
-        save(run.final, announce=False)
-        done = f"Training complete. {state.step} steps in {meter.elapsed:.1f}s."
-        console.say(f"{done} Final model saved to {shown_path(run.final)}")
-    return run.path
+    return Setup(flight, launch, context, tokenizer, model, cache, rows, accumulation, console)
 
 
 @contextlib.contextmanager
@@ -198,54 +220,50 @@ def _make_rows(flight: Preflight, cache: TokenCache, console: Console) -> Packed
     return rows
 
 
-def _announce(
-    flight: Preflight, context: ProcessContext, model: Any, accumulation: int, run: RunDirectory, console: Console
-) -> None:
+def _announce(setup: Setup, run: RunDirectory) -> None:
     """The last lines before the first step: what will be trained, how, and where it goes."""
-    training, data = flight.preset.training, flight.preset.data
-    rows = training.batch_size * accumulation * context.world_size
-    console.say(f"Run directory: {shown_path(run.path)}")
-    console.say(
-        f"Global batch: {training.batch_size} rows x {accumulation} micro-batches x {context.world_size} process = "
-        f"{rows} rows, up to {rows * data.max_length:,} tokens per step"
+    training, context, say = setup.training, setup.context, setup.console.say
+    say(f"Run directory: {shown_path(run.path)}")
+    say(
+        f"Global batch: {training.batch_size} rows x {setup.accumulation} micro-batches x {context.world_size} process"
+        f" = {setup.rows_per_step} rows, up to {setup.rows_per_step * setup.rows.max_length:,} tokens per step"
     )
-    state = state_bytes(model)
-    console.say(f"Memory for parameters, gradients and AdamW: {binary_size(state)} (activations come on top)")
+    state = state_bytes(setup.model)
+    say(f"Memory for parameters, gradients and AdamW: {binary_size(state)} (activations come on top)")
     available = _available_memory(context.device)
     if state > available:
-        console.warn(f"that is more than the {binary_size(available)} that {context.device} has free.")
-    console.say(
+        setup.console.warn(f"that is more than the {binary_size(available)} that {context.device} has free.")
+    say(
         f"Starting training: max_steps={training.max_steps}, batch_size={training.batch_size}, "
-        f"grad_accum={accumulation}, lr={training.lr}, warmup={training.warmup_steps}"
+        f"grad_accum={setup.accumulation}, lr={training.lr}, warmup={training.warmup_steps}"
     )
 
 
 def _available_memory(device: torch.device) -> int:
+    """Free bytes, counting the parameters that are there already as used."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
-def _loop_parts(
-    flight: Preflight,
-    context: ProcessContext,
-    model: Any,
-    batches: StepBatches,
-    rows: int,
-    accumulation: int,
-    tracker: Tracker,
-    save: Callable[[Path], None],
-    run: RunDirectory,
-    console: Console,
-) -> LoopParts:
-    training = flight.preset.training
+def _loop_parts(setup: Setup, run: RunDirectory, tracker: Tracker) -> LoopParts:
+    training, context = setup.training, setup.context
     # This seeds dropout, independent of how much randomness building the model has used.
     torch.manual_seed(training.seed)
     optimizer = build_adamw(
-        model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
+        setup.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
+    )
+    batches = StepBatches(
+        setup.rows,
+        seed=training.seed,
+        batch_size=training.batch_size,
+        accumulation=setup.accumulation,
+        rank=context.rank,
+        world_size=context.world_size,
+        pad_id=setup.tokenizer.pad_id,
     )
     return LoopParts(
-        forward=CausalForward(model),
+        forward=CausalForward(setup.model),
         optimizer=optimizer,
         batches=lambda step: [batch.to(context.device) for batch in batches.of_step(step)],
         learning_rate=partial(
@@ -256,23 +274,24 @@ def _loop_parts(
             max_steps=training.max_steps,
             min_lr_ratio=training.min_lr_ratio,
         ),
-        precision=_precision_context(flight, context),
+        precision=_precision_context(setup),
         tracker=tracker,
-        save=lambda step: save(run.checkpoint(step)),
-        on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(model), console=console),
+        save=partial(_save_checkpoint, setup, run),
+        on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(setup.model), console=setup.console),
         max_steps=training.max_steps,
         max_grad_norm=training.max_grad_norm,
         log_steps=training.log_steps,
         save_steps=training.save_steps,
-        rows_per_step=training.batch_size * accumulation * context.world_size,
-        rows_per_epoch=rows,
+        rows_per_step=setup.rows_per_step,
+        rows_per_epoch=len(setup.rows),
     )
 
 
-def _precision_context(flight: Preflight, context: ProcessContext) -> Callable[[], AbstractContextManager[Any]]:
-    if not flight.precision.autocast:
+def _precision_context(setup: Setup) -> Callable[[], AbstractContextManager[Any]]:
+    plan = setup.flight.precision
+    if not plan.autocast:
         return contextlib.nullcontext
-    return partial(torch.autocast, context.device.type, dtype=getattr(torch, flight.precision.compute))
+    return partial(torch.autocast, setup.context.device.type, dtype=getattr(torch, plan.compute))
 
 
 def _judge_first_loss(loss: float, vocabulary: int, console: Console) -> None:
@@ -282,26 +301,26 @@ def _judge_first_loss(loss: float, vocabulary: int, console: Console) -> None:
     )
 
 
-def _make_tracker(run: RunDirectory, max_steps: int, console: Console) -> CompositeTracker:
-    return CompositeTracker(
-        [JsonlTracker(run.metrics), TensorBoardTracker(run.tensorboard), ConsoleTracker(console, max_steps)]
-    )
+def _make_tracker(setup: Setup, run: RunDirectory) -> CompositeTracker:
+    console = ConsoleTracker(setup.console, setup.training.max_steps)
+    return CompositeTracker([JsonlTracker(run.metrics), TensorBoardTracker(run.tensorboard), console])
 
 
-def _save(
-    target: Path, model: Any, tokenizer: Tokenizer, flight: Preflight, console: Console, announce: bool = True
-) -> None:
+def _save_checkpoint(setup: Setup, run: RunDirectory, step: int) -> None:
+    _save(setup, run.checkpoint(step))
+    setup.console.say(f"Checkpoint saved: {shown_path(run.checkpoint(step))}")
+
+
+def _save(setup: Setup, target: Path) -> None:
     """Write a Hugging Face directory that is either complete or not there."""
+    dtype = getattr(torch, setup.flight.precision.saved)
     with publish_directory(target) as temporary:
-        write_model_directory(temporary, model, tokenizer, flight.directory, getattr(torch, flight.precision.saved))
-    if announce:
-        console.say(f"Checkpoint saved: {shown_path(target)}")
+        write_model_directory(temporary, setup.model, setup.tokenizer, setup.flight.directory, dtype)
 
 
-def _config_snapshot(
-    flight: Preflight, launch: LaunchDecisions, tokenizer: Tokenizer, cache: TokenCache, accumulation: int
-) -> dict[str, Any]:
+def _config_snapshot(setup: Setup) -> dict[str, Any]:
     """Content of pretrain_config.json."""
+    flight, tokenizer, cache = setup.flight, setup.tokenizer, setup.cache
     preset = flight.preset.model_dump(mode="json")
     preset["model_dir"] = str(flight.directory.path)
     preset["data"]["path"] = str(Path(str(preset["data"]["path"])).expanduser().absolute())
@@ -309,11 +328,11 @@ def _config_snapshot(
         "preset": preset,
         "preset_file": str(flight.loaded.path.absolute()),
         "overrides": list(flight.loaded.overrides),
-        "world_size": 1,
-        "grad_accum_steps": accumulation,
-        "device": launch.device,
+        "world_size": setup.context.world_size,
+        "grad_accum_steps": setup.accumulation,
+        "device": setup.launch.device,
         "precision": asdict(flight.precision),
-        "decisions": [*launch.reasons, f"precision: {flight.precision.reason}"],
+        "decisions": [*setup.launch.reasons, f"precision: {flight.precision.reason}"],
         "model_hints": [asdict(hint) for hint in flight.hints],
         "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "data": {

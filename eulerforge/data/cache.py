@@ -120,6 +120,7 @@ def open_or_build(
         else:
             check(cache.offsets)
             return cache
+    say(f"Tokenizing {len(spec.files)} file{'s' if len(spec.files) > 1 else ''} into {folder}")
     _build(spec, encoder, folder, identity, check)
     return _open(folder, reused=False)
 

@@ -14,31 +14,32 @@ from eulerforge.files import write_json
 Status = Literal["running", "finished", "failed"]
 
 
-def check_output_dir(path: Path) -> None:
+DEFAULT_PARENT = "outputs"
+"""Where a run goes whose preset names no `output_dir`."""
+
+
+def check_output_dir(output_dir: str | None) -> None:
     """Refuse a run directory that is in use or cannot be made. Leaves nothing behind.
 
     Raises:
         OutputError: with the reason.
     """
-    path = path.expanduser().absolute()
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise OutputError(
-                f"output_dir: {path} is not empty; a run never mixes with an earlier one",
-                "choose a new output_dir, or remove the old run",
-            )
-        parent = path
-    elif path.exists():
+    path = Path(DEFAULT_PARENT if output_dir is None else output_dir).expanduser().absolute()
+    if path.exists() and not path.is_dir():
         raise OutputError(f"output_dir: {path} is a file", "choose a directory that does not exist yet")
-    else:
-        parent = next(ancestor for ancestor in path.parents if ancestor.exists())
+    if output_dir is not None and path.is_dir() and any(path.iterdir()):
+        raise OutputError(
+            f"output_dir: {path} is not empty; a run never mixes with an earlier one",
+            "choose a new output_dir, or remove the old run",
+        )
+    existing = next(place for place in (path, *path.parents) if place.exists())
     try:
         # Trying is the only test that holds for root, read-only mounts and quotas alike.
-        with tempfile.TemporaryDirectory(prefix=".eulerforge-probe-", dir=parent):
+        with tempfile.TemporaryDirectory(prefix=".eulerforge-probe-", dir=existing):
             pass
     except OSError as error:
         raise OutputError(
-            f"output_dir: {path} cannot be made: {parent} is not writable ({error.strerror})",
+            f"output_dir: {path} cannot be made: {existing} is not writable ({error.strerror})",
             "choose a place that you can write to",
         ) from None
 
@@ -55,12 +56,12 @@ class RunDirectory:
     @classmethod
     def create(cls, output_dir: str | None, now: datetime) -> RunDirectory:
         """Make it: `output_dir` (new or empty), or `outputs/pretrain_YYYYmmdd_HHMMSS` with a suffix if taken."""
+        check_output_dir(output_dir)
         if output_dir is not None:
             path = Path(output_dir).expanduser().absolute()
-            check_output_dir(path)
             path.mkdir(parents=True, exist_ok=True)
             return cls(path)
-        base = Path("outputs").absolute() / f"pretrain_{now:%Y%m%d_%H%M%S}"
+        base = Path(DEFAULT_PARENT).absolute() / f"pretrain_{now:%Y%m%d_%H%M%S}"
         base.parent.mkdir(parents=True, exist_ok=True)
         candidate, number = base, 1
         while True:
