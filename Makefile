@@ -29,6 +29,7 @@ test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 bench: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 clean:

@@ -14,9 +14,9 @@ from typing import Any
 def write_json(path: Path, values: Any) -> None:
     """Replace a JSON file in one move; a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(values, handle, indent=2, ensure_ascii=False, allow_nan=False)
-        handle.write("\n")
+        handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
@@ -35,15 +35,20 @@ def publish_directory(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _sync_file(path)
-        _sync_directory(temporary)
+        sync_tree(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(target.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force all files of a folder, and its list of names, to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync_file(path)
+    _sync_directory(folder)
 
 
 def shown_path(path: Path) -> str:

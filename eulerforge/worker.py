@@ -224,10 +224,9 @@ def _announce(setup: Setup, run: RunDirectory) -> None:
     """The last lines before the first step: what will be trained, how, and where it goes."""
     training, context, say = setup.training, setup.context, setup.console.say
     say(f"Run directory: {shown_path(run.path)}")
-    say(
-        f"Global batch: {training.batch_size} rows x {setup.accumulation} micro-batches x {context.world_size} process"
-        f" = {setup.rows_per_step} rows, up to {setup.rows_per_step * setup.rows.max_length:,} tokens per step"
-    )
+    shape = f"{training.batch_size} rows x {setup.accumulation} micro-batches x {context.world_size} process"
+    rows = setup.rows_per_step
+    say(f"Global batch: {shape} = {rows} rows, up to {rows * setup.rows.max_length:,} tokens per step")
     state = state_bytes(setup.model)
     say(f"Memory for parameters, gradients and AdamW: {binary_size(state)} (activations come on top)")
     available = _available_memory(context.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
@@ -17,23 +18,28 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?")
 _LEADING_ZERO = re.compile(r"[-+]?0\d")
 
 
-def _to_float(value: Any) -> float:
+def to_float(value: Any) -> float:
+    """A finite number; text that reads as one counts."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"must be a number, not {describe(value)}")
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value.strip()):
             raise ValueError(f"must be a finite number, not {describe(value)}")
         value = value.strip().replace("_", "")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"must be a finite number, not {number}")
     return number
 
 
-def _to_int(value: Any) -> int:
+def to_int(value: Any) -> int:
+    """A whole number; `1_000`, `1e3` and `2.0` count, `1.5`, `010` and booleans do not."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"must be a whole number, not {describe(value)}")
-    if isinstance(value, int):
+    if isinstance(value, int) and abs(value) <= 2**63:
         return value
     text = str(value).strip()
     if not _NUMBER.fullmatch(text) or _LEADING_ZERO.match(text):
@@ -47,13 +53,15 @@ def _to_int(value: Any) -> int:
     return int(number)
 
 
-def _to_bool(value: Any) -> bool:
+def to_bool(value: Any) -> bool:
+    """true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"must be true or false, not {describe(value)}")
     return value
 
 
-def _to_text(value: Any) -> str:
+def to_text(value: Any) -> str:
+    """Non-empty text; numbers and booleans are refused with a hint to quote them."""
     if isinstance(value, bool | int | float):
         raise ValueError(f'must be text, not {describe(value)}; if text is meant, quote it: "{value}"')
     if not isinstance(value, str):
@@ -63,6 +71,48 @@ def _to_text(value: Any) -> str:
     if "\0" in value:
         raise ValueError("must not contain a NUL character")
     return value
+
+
+def to_amp(value: Any) -> Any:
+    """Autocast: true, false or `selective`."""
+    if value is None or isinstance(value, bool) or value == "selective":
+        return value
+    raise ValueError(f"must be true, false or selective, not {describe(value)}")
+
+
+def to_count_or(word: str) -> Callable[[Any], Any]:
+    """A validator for a whole number of at least 1, or one word."""
+
+    def check(value: Any) -> Any:
+        if value == word:
+            return value
+        try:
+            count = to_int(value)
+        except ValueError:
+            count = 0
+        if count < 1:
+            raise ValueError(f"must be {word} or a whole number of at least 1, not {describe(value)}")
+        return count
+
+    return check
+
+
+def to_checkpointing(value: Any) -> Any:
+    """false, true, or every how many blocks."""
+    if isinstance(value, bool):
+        return value
+    try:
+        count = to_int(value)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"must be false, true or a whole number of at least 1, not {describe(value)}")
+    return count
+
+
+def to_data_path(value: Any) -> Any:
+    """A path as text, or (for later versions) a list or mapping of sources."""
+    return value if isinstance(value, list | dict) else to_text(value)
 
 
 def describe(value: Any) -> str:
@@ -80,14 +130,14 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-Float = Annotated[float, BeforeValidator(_to_float)]
-NonNegativeFloat = Annotated[float, BeforeValidator(_to_float), Field(ge=0)]
-PositiveFloat = Annotated[float, BeforeValidator(_to_float), Field(gt=0)]
-Fraction = Annotated[float, BeforeValidator(_to_float), Field(ge=0, le=1)]
-Beta = Annotated[float, BeforeValidator(_to_float), Field(ge=0, lt=1)]
-NonNegativeInt = Annotated[int, BeforeValidator(_to_int), Field(ge=0)]
-PositiveInt = Annotated[int, BeforeValidator(_to_int), Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(_to_int), Field(ge=0, lt=2**63)]
-ChunkLength = Annotated[int, BeforeValidator(_to_int), Field(ge=2)]
-Bool = Annotated[bool, BeforeValidator(_to_bool)]
-Text = Annotated[str, BeforeValidator(_to_text)]
+Float = Annotated[float, BeforeValidator(to_float)]
+NonNegativeFloat = Annotated[float, Field(ge=0), BeforeValidator(to_float)]
+PositiveFloat = Annotated[float, Field(gt=0), BeforeValidator(to_float)]
+Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(to_float)]
+Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(to_float)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(to_int)]
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(to_int)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(to_int)]
+ChunkLength = Annotated[int, Field(ge=2), BeforeValidator(to_int)]
+Bool = Annotated[bool, BeforeValidator(to_bool)]
+Text = Annotated[str, BeforeValidator(to_text)]

@@ -78,8 +78,8 @@ class _Places:
         self._lines = document.lines
         self.overridden: set[KeyPath] = set()
 
-    def of(self, dotted: str) -> str:
-        path = tuple(dotted.split("."))
+    def of(self, dotted: str, path: KeyPath | None = None) -> str:
+        path = path or tuple(dotted.split("."))
         for length in range(len(path), 0, -1):
             if path[:length] in self.overridden:
                 return f"--set {dotted}"
@@ -199,11 +199,12 @@ def _nearest(dotted: str) -> str:
 def _schema_problems(errors: Iterable[ErrorDetails], places: _Places) -> Iterator[Problem]:
     reported: set[str] = set()
     for error in errors:
-        dotted = ".".join(str(part) for part in _key_parts(error["loc"]))
+        path = tuple(str(part) for part in _key_parts(error["loc"]))
+        dotted = ".".join(path)
         if dotted in _FINETUNE_KEYS or dotted in reported:
             continue
         reported.add(dotted)
-        yield _schema_problem(error, dotted, places)
+        yield _schema_problem(error, path, places)
 
 
 def _key_parts(location: tuple[int | str, ...]) -> Iterator[int | str]:
@@ -216,12 +217,13 @@ def _key_parts(location: tuple[int | str, ...]) -> Iterator[int | str]:
         section = _subsection(section, str(part)) if str(part) in section.model_fields else None
 
 
-def _schema_problem(error: ErrorDetails, dotted: str, places: _Places) -> Problem:
+def _schema_problem(error: ErrorDetails, path: KeyPath, places: _Places) -> Problem:
     kind, context = error["type"], error.get("ctx", {})
-    place = places.of(dotted)
+    dotted = ".".join(path)
+    place = places.of(dotted, path)
     if kind == "extra_forbidden":
         return Problem(f"{place}: unknown key", _nearest(dotted))
-    if kind == "missing":
+    if kind == "missing" and dotted == ".".join(map(str, error["loc"])):
         return Problem(f"{place}: required key is missing", f"add {dotted} to the preset")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return Problem(f"{place}: must be a mapping of keys", f"indent the keys of {dotted} below it")
@@ -237,7 +239,7 @@ def _schema_problem(error: ErrorDetails, dotted: str, places: _Places) -> Proble
         return Problem(
             f"{place}: must be {words} {context[bounds[kind]]:g}, not {error['input']!r}", f"correct {dotted}"
         )
-    if kind in ("tuple_type", "too_short", "too_long"):
+    if kind in ("tuple_type", "too_short", "too_long", "missing"):
         return Problem(f"{place}: must be a list of two numbers", f"write {dotted}: [0.9, 0.95]")
     return Problem(f"{place}: {error['msg'][:1].lower()}{error['msg'][1:]}", f"correct {dotted}")
 

@@ -21,44 +21,12 @@ from eulerforge.config.fields import (
     PositiveInt,
     Seed,
     Text,
-    describe,
+    to_amp,
+    to_checkpointing,
+    to_count_or,
+    to_data_path,
+    to_text,
 )
-
-
-def _to_amp(value: Any) -> Any:
-    if isinstance(value, bool) or value == "selective":
-        return value
-    raise ValueError(f"must be true, false or selective, not {describe(value)}")
-
-
-def _to_auto_or_count(value: Any) -> Any:
-    if value == "auto":
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    raise ValueError(f"must be auto or a whole number of at least 1, not {describe(value)}")
-
-
-def _to_retention(value: Any) -> Any:
-    if value == "all":
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    raise ValueError(f"must be all or a whole number of at least 1, not {describe(value)}")
-
-
-def _to_checkpointing(value: Any) -> Any:
-    if isinstance(value, bool) or (isinstance(value, int) and value >= 1):
-        return value
-    raise ValueError(f"must be false, true or a whole number of at least 1, not {describe(value)}")
-
-
-def _to_data_path(value: Any) -> Any:
-    if isinstance(value, list | dict):
-        return value
-    if isinstance(value, str) and value.strip():
-        return value
-    raise ValueError(f"must be a path as text, not {describe(value)}")
 
 
 class Section(BaseModel):
@@ -70,7 +38,7 @@ class Section(BaseModel):
 class DataSection(Section):
     """Raw text and how it becomes rows of tokens."""
 
-    path: Annotated[str | list[Any] | dict[str, Any], BeforeValidator(_to_data_path)] = Field(
+    path: Annotated[str | list[Any] | dict[str, Any], BeforeValidator(to_data_path)] = Field(
         description="JSONL file (plain or gzip), a directory of such files, or a glob."
     )
     text_column: Text = Field("text", description="Key of the text; a.b reaches into nested objects.")
@@ -90,7 +58,7 @@ class DataSection(Section):
         None, description="Held-out data: {path} or {fraction}. Not available in this version."
     )
     cache_dir: Text | None = Field(None, description="Token cache. Default: the user's cache directory.")
-    num_workers: Annotated[Literal["auto"] | int, BeforeValidator(_to_auto_or_count)] = Field(
+    num_workers: Annotated[Literal["auto"] | int, BeforeValidator(to_count_or("auto"))] = Field(
         "auto", description="Tokenising processes. This version uses one process with threads."
     )
 
@@ -121,20 +89,20 @@ class TrainingSection(Section):
     min_lr_ratio: Fraction = Field(0.0, description="Learning rate at the last step as a fraction of the peak.")
     log_steps: PositiveInt = Field(10, description="Steps between log lines.")
     save_steps: PositiveInt = Field(500, description="Steps between checkpoints; the last step is always saved.")
-    keep_checkpoints: Annotated[Literal["all"] | int, BeforeValidator(_to_retention)] = Field(
+    keep_checkpoints: Annotated[Literal["all"] | int, BeforeValidator(to_count_or("all"))] = Field(
         "all", description="How many checkpoints to keep. This version keeps all."
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Precision. Default: bfloat16, or float32 when the model holds FFT blocks."
     )
-    amp: Annotated[bool | Literal["selective"] | None, BeforeValidator(lambda v: v if v is None else _to_amp(v))] = (
-        Field(None, description="Autocast the forward pass to bfloat16. Default: true for bfloat16, else false.")
+    amp: Annotated[bool | Literal["selective"] | None, BeforeValidator(to_amp)] = Field(
+        None, description="Autocast the forward pass to bfloat16. Default: true for bfloat16, else false."
     )
     precision_check: Literal["error", "warn"] = Field(
         "error", description="What to do when dtype/amp would run FFT blocks below float32."
     )
     seed: Seed = Field(42, description="All randomness: initial weights, dropout, order of the data.")
-    activation_checkpointing: Annotated[bool | int, BeforeValidator(_to_checkpointing)] = Field(
+    activation_checkpointing: Annotated[bool | int, BeforeValidator(to_checkpointing)] = Field(
         False, description="Recompute activations in the backward pass. Not available in this version."
     )
     compile: Bool = Field(False, description="torch.compile each block. Not available in this version.")
@@ -151,7 +119,7 @@ class DistributedSection(Section):
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="One process needs none. ddp and fsdp are not available in this version."
     )
-    nproc_per_node: Annotated[Literal["auto"] | int, BeforeValidator(_to_auto_or_count)] = Field(
+    nproc_per_node: Annotated[Literal["auto"] | int, BeforeValidator(to_count_or("auto"))] = Field(
         "auto", description="Processes per machine. This version runs one."
     )
 
@@ -159,7 +127,7 @@ class DistributedSection(Section):
 class PretrainPreset(Section):
     """A preset of `eulerforge pretrain`."""
 
-    device: Annotated[Text, Field(pattern=r"^(cuda|cpu|cuda:\d{1,3})$")] = Field(
+    device: Annotated[str, Field(pattern=r"^(cuda|cpu|cuda:[0-9]{1,3})$"), BeforeValidator(to_text)] = Field(
         "cuda",
         description="cuda, cuda:N or cpu. cuda without a visible GPU falls back to cpu with a warning.",
     )

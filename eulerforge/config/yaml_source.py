@@ -69,8 +69,9 @@ def parse_yaml(text: str, name: str) -> YamlDocument:
     Raises:
         PresetError: syntax error (with line), duplicate key, or a key that is not text.
     """
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return YamlDocument(values=None)
@@ -97,7 +98,8 @@ def parse_yaml(text: str, name: str) -> YamlDocument:
     except (ValueError, RecursionError) as error:
         raise PresetError(f"{name}: cannot read a value: {error}", "correct that value") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def parse_scalar(text: str) -> Any:

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from eulerforge.data.sources import DocumentCounts, iter_documents
 from eulerforge.errors import DataError
+from eulerforge.files import sync_tree, write_json
 
 FORMAT_VERSION = 1
 _GROUP_DOCUMENTS = 1024
@@ -114,7 +115,7 @@ def open_or_build(
     if folder.is_dir():
         try:
             cache = _open(folder, reused=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             say(f"Token cache {folder} is damaged ({error}): building it again.")
             shutil.rmtree(folder)
         else:
@@ -182,14 +183,13 @@ def _build(
             for ids in _encoded(documents, spec, encoder, dtype):
                 sink.write(ids.tobytes())
                 offsets.append(offsets[-1] + len(ids))
-            sink.flush()
-            os.fsync(sink.fileno())
         _require_documents(spec, counts)
         boundaries = np.array(offsets, dtype=np.int64)
         check(boundaries)
         np.save(temporary / "offsets.npy", boundaries)
         meta = {"dtype": dtype.str, "tokens": int(boundaries[-1]), "counts": asdict(counts), "identity": identity}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        write_json(temporary / "meta.json", meta)
+        sync_tree(temporary)
         _publish(temporary, folder)
     except OSError as error:
         raise DataError(

@@ -64,7 +64,9 @@ def resolve_files(path: str) -> tuple[Path, ...]:
     """
     given = Path(path).expanduser()
     if given.is_dir():
-        files = sorted(file for file in given.rglob("*") if file.is_file() and file.name.lower().endswith(SUFFIXES))
+        # Formats that cannot be read yet are listed too, so that they are refused and not left out without a word.
+        names = (*SUFFIXES, ".zst", ".parquet")
+        files = sorted(file for file in given.rglob("*") if file.is_file() and file.name.lower().endswith(names))
         if not files:
             raise DataError(
                 f"data.path: the directory {given} holds no {', '.join(SUFFIXES[:3])} file (plain or .gz)",
@@ -162,7 +164,8 @@ def _open(path: Path) -> IO[bytes]:
 
 def _text_of(line: bytes, text_column: str) -> str:
     try:
-        record = json.loads(line.decode("utf-8"))
+        # Numbers are never looked at; as floats they cannot hit Python's limit on the digits of an integer.
+        record = json.loads(line.decode("utf-8"), parse_int=float)
     except UnicodeDecodeError as error:
         raise _BadLine(
             "invalid UTF-8", f"invalid UTF-8 at byte {error.start} of the line", "save the file as UTF-8"

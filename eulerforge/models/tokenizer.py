@@ -54,7 +54,10 @@ class Tokenizer:
         """SHA-256 over the content that decides which ids a text gets (not over paths or names)."""
         core = getattr(self.backend, "backend_tokenizer", None)
         if core is not None:
-            content = core.to_str()
+            state = json.loads(core.to_str())
+            # Encoding resets these two, so they say nothing about ids and would change the hash after first use.
+            state["truncation"] = state["padding"] = None
+            content = json.dumps(state)
         else:
             settings = {
                 key: repr(value) for key, value in sorted(self.backend.init_kwargs.items()) if "path" not in key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def read_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
                         yield name, handle.get_tensor(name)
             else:
-                yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items()
+                mapped = zipfile.is_zipfile(shard)  # files from before torch 1.6 cannot be mapped
+                yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped).items()
         except FileNotFoundError:
             raise ModelError(
                 f"{path.name} names {shard}, which does not exist", "copy the missing shard into model_dir"

@@ -75,6 +75,8 @@ def plan_precision(
     if dtype is None and strict:
         chosen: DType = "float32"
         reason = f"dtype unset and the model holds FFT blocks: {named}"
+    elif dtype is None and amp is False:
+        chosen, reason = "float32", "dtype unset and amp: false"
     elif dtype is None:
         chosen, reason = "bfloat16", "dtype unset and no block needs float32"
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.kit.commands import Result, Workspace, run_command, run_here, run_python
 from tests.kit.models import write_custom, write_llama
@@ -58,6 +57,7 @@ class Case:
         at: a line of the preset that the error must point to, as `preset.yml:<number>:`.
         prepare: spoils the project, given its directory.
         arguments: the command line.
+        absent: what no line may hold: contradictions, and words of Python's that say nothing to a user.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Case:
     at: str | None = None
     prepare: Prepare | None = None
     arguments: tuple[str, ...] = ("pretrain", "--preset", "preset.yml")
+    absent: tuple[str, ...] = ()
 
     @property
     def place(self) -> tuple[str, ...]:
@@ -107,20 +108,23 @@ def _without(*keys: str) -> str:
     return "".join(line for line in GOOD.splitlines(keepends=True) if line.strip().partition(":")[0] not in keys)
 
 
-def _preset(name: str, preset: str | bytes, error: Expected, fix: Expected, at: str | None = None) -> Case:
+def _preset(
+    name: str, preset: str | bytes, error: Expected, fix: Expected, at: str | None = None, absent: Expected = ()
+) -> Case:
     """A preset that is wrong as a file."""
-    return Case(name, _tuple(error), _tuple(fix), preset=preset, at=at)
+    return Case(name, _tuple(error), _tuple(fix), preset=preset, at=at, absent=_tuple(absent))
 
 
-def _value(section: str, line: str, error: Expected, fix: Expected = "", name: str = "") -> Case:
+def _value(section: str, line: str, error: Expected, fix: Expected = "", absent: Expected = ()) -> Case:
     """A line of the preset that is wrong; the error must name its key and line."""
     key = f"{section}.{line.partition(':')[0]}".removeprefix(".")
     return Case(
-        name or f"{key}={line.partition(':')[2].strip()}",
+        f"{key}={line.partition(':')[2].strip()}",
         (f": {key}: ", *_tuple(error)),
         _tuple(fix or key.rpartition(".")[2]),
         preset=_with((section, line)),
         at=line,
+        absent=_tuple(absent),
     )
 
 
@@ -131,10 +135,18 @@ def _set(*overrides: str, error: Expected, fix: Expected) -> Case:
 
 
 def _project(
-    name: str, prepare: Prepare | None, error: Expected, fix: Expected, *edits: tuple[str, str], text: str = GOOD
+    name: str,
+    prepare: Prepare | None,
+    error: Expected,
+    fix: Expected,
+    *edits: tuple[str, str],
+    text: str = GOOD,
+    absent: Expected = (),
 ) -> Case:
     """A preset that is right about a model, tokenizer, corpus or run directory that is wrong."""
-    return Case(name, _tuple(error), _tuple(fix), preset=_with(*edits, text=text), prepare=prepare)
+    return Case(
+        name, _tuple(error), _tuple(fix), preset=_with(*edits, text=text), prepare=prepare, absent=_tuple(absent)
+    )
 
 
 # --- Spoiling the model directory -------------------------------------------------------------------------------
@@ -151,8 +163,10 @@ def _custom(root: Path, append: str = "", **config: Any) -> None:
     shutil.rmtree(root / "model")
     write_custom(root / "model", "failing")
     _configure(root, **{"kind": "none", "at": 0, **config})
-    path = root / "model" / "modeling_kit.py"
-    path.write_text(path.read_text() + append)
+    # transformers keeps one model class per configuration class and process: make it this project's own.
+    for name, end in (("configuration_kit.py", f"\n# {root}\n"), ("modeling_kit.py", append)):
+        file = root / "model" / name
+        file.write_text(file.read_text() + end)
 
 
 _MARKER = '\n\npathlib.Path("imported").touch()\n'
@@ -169,6 +183,13 @@ def _broken_code(root: Path) -> None:
 def _code_missing(root: Path) -> None:
     _custom(root, _MARKER)
     (root / "model" / "configuration_kit.py").unlink()
+
+
+def _fixed_vocabulary(root: Path) -> None:
+    """A model that does not tell where its embeddings are, and a tokenizer with more ids than it has rows."""
+    shutil.rmtree(root / "model")
+    write_custom(root / "model", "oracle")
+    _tokenizer(root, extra=10)
 
 
 def _weights(root: Path, **changes: torch.Tensor | None) -> Path:
@@ -219,9 +240,11 @@ def _corpus(content: bytes, root: Path) -> None:
     (root / "data.jsonl").write_bytes(content)
 
 
-def _data(name: str, content: bytes, error: Expected, fix: Expected, *edits: tuple[str, str]) -> Case:
+def _data(
+    name: str, content: bytes, error: Expected, fix: Expected, *edits: tuple[str, str], absent: Expected = ()
+) -> Case:
     """A corpus of these bytes."""
-    return _project(f"data {name}", partial(_corpus, content), error, fix, *edits)
+    return _project(f"data {name}", partial(_corpus, content), error, fix, *edits, absent=absent)
 
 
 def _no_jsonl(root: Path) -> None:
@@ -256,7 +279,10 @@ PRESET_CASES = [
     _preset("only a comment", "# model_dir: x\n", ("preset.yml", "empty"), "model_dir"),
     _preset("a list", "- model_dir: model\n", ("preset.yml:1:", "mapping"), "model_dir: ..."),
     _preset("a word", "pretrain\n", ("preset.yml:1:", "mapping"), "model_dir: ..."),
-    _preset("YAML syntax", GOOD + "x: [1, 2\n", ("not valid YAML", "preset.yml:13"), ("syntax", "line")),
+    _preset("open bracket", GOOD + "x: [1, 2\n", "not valid YAML", ("syntax", "line"), at="x: [1, 2"),
+    _preset("open quote", GOOD + "x: 'ab\n", "not valid YAML", ("syntax", "line"), at="x: 'ab"),
+    _preset("control character", GOOD + "x: \x01\n", ("preset.yml", "not valid YAML"), "control characters"),
+    _preset("undefined alias", _with(("training", "lr: *x")), ("not valid YAML", "'x'"), "line", at="lr: *x"),
     _preset("bad indentation", _with(("training", " lr: 1")), "not valid YAML", "indentation", at="max_steps: 3"),
     _preset("tab", _with(("training", "lr:\t1\n\tseed: 1")), "not valid YAML", "line"),
     _preset("two documents", GOOD + "---\n" + GOOD, ("preset.yml:12:", "not valid YAML"), "line"),
@@ -276,6 +302,7 @@ PRESET_CASES = [
         at="max_steps: 4",
     ),
     _preset("key is not text", _with(("", "on: 1")), ("the key on is not text",), 'quote it: "on"', at="on: 1"),
+    _preset("key is a list", GOOD + "? [a, b]\n: 1\n", "preset.yml:12: the key", "text", absent="ScalarNode"),
     _value("", "devise: cpu", "unknown key", "did you mean device?"),
     _value("data", "max_lenght: 8", "unknown key", "did you mean data.max_length?"),
     _value("training", "lerning_rate: 1", "unknown key", "training.lr"),
@@ -374,10 +401,11 @@ VALUE_CASES = [
     _value("data", "text_column: [text]", ("text", "a list")),
     _value("data", "path: 5", ("path as text", "5")),
     _value("data", "path: ''", ("path as text", "''")),
+    _value("data", 'path: "a\\0b"', "NUL"),
     _value("data", "on_bad_line: ignore", ("'error'", "'skip'", "'ignore'"), "one of those values"),
     _value("", "model_dir: 2024", ("text", 'quote it: "2024"')),
-    _value("", "model_dir: true", ("text", "quote it")),
-    _value("", "output_dir: 1.10", ("text", "quote it")),
+    _value("", "model_dir: true", ("text", "quote it"), absent="True"),
+    _value("", "output_dir: 1.10", ("text", "quote it"), absent='"1.1"'),
     _value("", "tokenizer: ''", "empty"),
     _value("", "device: gpu", ("device", "'gpu'"), ("cuda", "cuda:N", "cpu")),
     _value("", "device: cuda:-1", ("device", "'cuda:-1'"), ("cuda", "cuda:N", "cpu")),
@@ -497,6 +525,18 @@ MODEL_CASES = [
         ("cannot build the model", "swish9"),
         "config.json",
     ),
+    _project(
+        "config value of a wrong type",
+        partial(_configure, vocab_size="many"),
+        ("/model", "vocab_size", "int"),
+        "config.json",
+    ),
+    _project(
+        "generation_config.json malformed",
+        lambda root: (root / "model" / "generation_config.json").write_text("{"),
+        "generation_config.json",
+        "generation_config.json",
+    ),
     _project("impossible size", partial(_configure, hidden_size=-16), ("/model", "cannot"), "config.json"),
     _project(
         "custom code without trust_remote_code",
@@ -514,7 +554,7 @@ MODEL_CASES = [
     _project(
         "custom file missing",
         _code_missing,
-        ("configuration_kit.py is missing", "AutoConfig"),
+        ("configuration_kit.py is missing", "wanted by"),
         "model_dir",
         ("", "trust_remote_code: true"),
     ),
@@ -534,6 +574,53 @@ MODEL_CASES = [
         ("/model", "KitModell"),
         "config.json",
         ("", "trust_remote_code: true"),
+    ),
+    *(
+        _project(
+            f"auto_map leads to {module}",
+            partial(_custom, append=_MARKER, auto_map={"AutoModelForCausalLM": f"{module}.KitModel"}),
+            ("/model", "auto_map", module),
+            "config.json",
+            ("", "trust_remote_code: true"),
+        )
+        for module in ("../modeling_kit", "/tmp/modeling_kit")
+    ),
+    *(
+        _project(
+            f"custom code that {what}",
+            partial(_custom, append=f"\n{code}"),
+            ("/model", "cannot build the model", shown, "modeling_kit.py:"),
+            "code",
+            ("", "trust_remote_code: true"),
+        )
+        for what, code, shown in (
+            ("raises when imported", 'raise ValueError("not here")', "ValueError: not here"),
+            ("ends the process when imported", "raise SystemExit(0)", "SystemExit"),
+            ("raises when built", "KitModel.__init__ = lambda self, config: config.absent", "absent"),
+        )
+    ),
+    _project(
+        "vocabulary that cannot grow",
+        _fixed_vocabulary,
+        ("267 embedding rows", "KitModel", "does not expose its embeddings"),
+        "vocab_size 267",
+        ("", "trust_remote_code: true"),
+    ),
+    *(
+        _project(
+            f"model hint {key}={value!r}",
+            partial(_configure, **{"lr_peak": 0.1, key: value}),
+            ("training.use_model_hints", "config.json", shown),
+            "use_model_hints: false",
+            ("training", "use_model_hints: true"),
+            absent="Value error",
+        )
+        for key, value, shown in (
+            ("lr_peak", "fast", "training.lr: must be a finite number"),
+            ("betas", [0.9], "training.betas"),
+            ("optimizer", "muon", "'muon'"),
+            ("router_lr_multiplier", 0.5, "router_lr_multiplier 0.5"),
+        )
     ),
     _project("weights truncated", _truncated_weights, ("model.safetensors", "cannot be read"), "again"),
     _project(
@@ -587,16 +674,18 @@ MODEL_CASES = [
         "again",
     ),
     _project(
-        "index is a list of shards",
+        "index names a number",
         lambda root: _index(root, '{"weight_map": {"lm_head.weight": 5}}'),
         ("model.safetensors.index.json", "not a valid weight index"),
         "again",
+        absent="PosixPath",
     ),
     _project(
         "weights are a hostile pickle",
-        lambda root: (root / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(), protocol=2)),
+        lambda root: torch.save(_Payload(), root / "model" / "pytorch_model.bin"),
         ("pytorch_model.bin", "cannot be read"),
-        "again",
+        "safetensors",
+        absent="will likely succeed",
     ),
     _project(
         "weights are a pickle of something else",
@@ -643,8 +732,8 @@ TOKENIZER_CASES = [
     _project(
         "tokenizer directory without files",
         lambda root: (root / "hollow").mkdir(),
-        ("tokenizer", "hollow", "directory"),
-        "tokenizer.json",
+        ("tokenizer", "hollow", "tokenizer.json"),
+        "tokenizer",
         ("", "tokenizer: hollow"),
     ),
     _project(
@@ -670,14 +759,14 @@ TOKENIZER_CASES = [
     _project(
         "tokenizer.json cut off",
         lambda root: (root / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "model":'),
-        ("cannot load", "tokenizer"),
-        "tokenizer.json",
+        ("cannot load tokenizer", "tokenizer.json"),
+        "tokenizer",
     ),
     _project(
         "tokenizer.json of another kind",
         lambda root: (root / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "Quipu"}}'),
-        ("cannot load", "tokenizer"),
-        "tokenizer.json",
+        ("cannot load tokenizer", "tokenizer.json"),
+        "tokenizer",
     ),
 ]
 
@@ -732,11 +821,18 @@ DATA_CASES = [
     _data(
         "line 3 of 5 is malformed",
         _LINE * 2 + b'{"text": oops}\n' + _LINE * 2,
-        ("data.jsonl:3:", "malformed JSON"),
+        ("data.jsonl:3:", "malformed JSON", "column 10"),
         "data.on_bad_line: skip",
+        absent="line 1 ",
     ),
     _data("cut-off last line", (_LINE * 3)[:-6], ("data.jsonl:3:", "malformed JSON"), "data.on_bad_line: skip"),
-    _data("a JSON array over lines", b'[\n{"text": "a"}\n]\n', ("data.jsonl:1:", "malformed JSON"), "line"),
+    _data(
+        "a JSON array over lines",
+        b'[\n{"text": "a"}\n]\n',
+        ("data.jsonl:1:", "malformed JSON"),
+        "line",
+        absent="line 2 ",
+    ),
     _data(
         "invalid UTF-8",
         _LINE + b'{"text": "\xff"}\n',
@@ -771,7 +867,27 @@ DATA_CASES = [
     ),
 ]
 
+_PATHS = (("", "model_dir"), ("", "tokenizer"), ("", "output_dir"), ("data", "path"), ("data", "cache_dir"))
+
 OUTPUT_CASES = [
+    _project(
+        "output_dir is a link to nothing",
+        lambda root: (root / "run").symlink_to("nowhere"),
+        ("output_dir", "/run"),
+        "output_dir",
+    ),
+    _project(
+        "output_dir is a link to itself",
+        lambda root: (root / "run").symlink_to("run"),
+        ("output_dir", "/run"),
+        "output_dir",
+    ),
+    Case(
+        "output_dir is not UTF-8",
+        ("output_dir", "UTF-8"),
+        ("output_dir",),
+        arguments=(*Case.arguments, "--output-dir", "run\udcff"),
+    ),
     _project(
         "output_dir in use", None, ("output_dir", "/model is not empty"), "new output_dir", ("", "output_dir: model")
     ),
@@ -797,6 +913,20 @@ OUTPUT_CASES = [
         ("", "output_dir: /proc/eulerforge/run"),
     ),
 ]
+
+PATH_CASES = [
+    *(
+        _project(
+            f"{key} of a user who is not there", None, (key, "~nosuchuser/x"), key, (section, f"{key}: ~nosuchuser/x")
+        )
+        for section, key in _PATHS
+    ),
+    *(
+        _project(f"{key} too long", None, (key, "too long"), key, (section, f"{key}: {'x' * 5000}"))
+        for section, key in _PATHS
+    ),
+]
+"""Paths that the operating system itself refuses to look at."""
 
 _FFT = ("", f"model_dir: {ROOT / 'presets' / 'models' / 'tiny_hybrid'}")
 _TRUST = ("", "trust_remote_code: true")
@@ -825,6 +955,7 @@ CASES = [
     *TOKENIZER_CASES,
     *DATA_CASES,
     *OUTPUT_CASES,
+    *PATH_CASES,
     *PRECISION_CASES,
 ]
 
@@ -855,7 +986,9 @@ def _snapshot(project: Workspace) -> Mapping[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def _require_lines(result: Result, code: int, error: tuple[str, ...], fix: tuple[str, ...]) -> None:
+def _require_lines(
+    result: Result, code: int, error: tuple[str, ...], fix: tuple[str, ...], absent: tuple[str, ...] = ()
+) -> None:
     """Exit code, and exactly the lines `Error:`, `Fix:` and `See:` on stderr, holding what they must."""
     assert result.code == code, result.err
     assert "Traceback" not in result.out + result.err
@@ -863,8 +996,11 @@ def _require_lines(result: Result, code: int, error: tuple[str, ...], fix: tuple
     assert [line.partition(" ")[0] for line in lines] == ["Error:", "Fix:", "See:"], result.err
     for line, fragments in zip(lines, (error, fix, ()), strict=True):
         assert line.partition(" ")[2].strip(), result.err
+        assert not line.endswith(":"), f"cut off: {result.err}"
         for fragment in fragments:
             assert fragment in line, result.err
+    for fragment in absent:
+        assert fragment not in result.err
 
 
 def test_every_case_has_its_own_name() -> None:
@@ -877,18 +1013,33 @@ def test_bad_input_is_three_lines_and_leaves_nothing(project: Workspace, case: C
     _write(case, project)
     before = _snapshot(project)
     result = run_here(*case.arguments)
-    _require_lines(result, 2, (*case.place, *case.error), case.fix)
+    _require_lines(result, 2, (*case.place, *case.error), case.fix, case.absent)
     assert _snapshot(project) == before
 
 
-@pytest.mark.parametrize("name", ["training.max_steps=1.5", "weight missing", "data line 3 of 5 is malformed"])
+@pytest.mark.parametrize("name", ["training.max_steps=1.5", "weight renamed", "data invalid UTF-8"])
 def test_bad_input_as_a_user_meets_it(project: Workspace, name: str) -> None:
     """In a process of its own, where libraries may print to stderr what redirection in this process misses."""
     (case,) = (case for case in CASES if case.name == name)
     _write(case, project)
     before = _snapshot(project)
     result = run_command(*case.arguments, cwd=project.path)
-    _require_lines(result, 2, (*case.place, *case.error), case.fix)
+    _require_lines(result, 2, (*case.place, *case.error), case.fix, case.absent)
+    assert _snapshot(project) == before
+
+
+def test_a_pipe_is_refused_not_waited_for(project: Workspace) -> None:
+    """A corpus is read more than once, which a pipe does not allow; opening one without a writer waits forever."""
+    (project.path / "data.jsonl").unlink()
+    os.mkfifo(project.path / "data.jsonl")
+    result = run_command(*Case.arguments, cwd=project.path, timeout=10)
+    _require_lines(result, 2, ("data.path", "data.jsonl", "not a regular file"), ("JSONL",))
+
+
+def test_several_torchrun_workers_are_refused(project: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _snapshot(project)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _require_lines(run_here(*Case.arguments), 2, ("one of 2 started by torchrun",), ("without torchrun",))
     assert _snapshot(project) == before
 
 
@@ -1015,6 +1166,25 @@ def test_custom_code_runs_only_when_it_is_trusted(project: Workspace) -> None:
     assert (project.path / "imported").exists()
 
 
+def test_weights_in_the_old_format_of_torch_are_read(project: Workspace) -> None:
+    path = _weights(project.path)
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"), _use_new_zipfile_serialization=False)
+    path.unlink()
+    result = run_here(*Case.arguments)
+    assert result.code == 0, result.err
+    assert "(pytorch_model.bin)" in result.out
+
+
+@pytest.mark.parametrize(
+    "stack", [5, [], {"pattern": 5}, {"pattern": None, "tail": [1]}, {"tail": {"block": "hyena"}}]
+)
+def test_a_key_named_stack_need_not_be_that_of_eulerstack(project: Workspace, stack: Any) -> None:
+    """Any model may have a key of that name; only EulerStack's shape means something."""
+    _configure(project.path, stack=stack)
+    result = run_here(*Case.arguments, "--validate-only")
+    assert result.code == 0, result.err
+
+
 def test_precision_check_warn_turns_the_fft_rule_into_a_warning(project: Workspace) -> None:
     project.raw(
         "preset.yml",
@@ -1070,7 +1240,7 @@ print("END", code, [name for name in ("torch", "transformers", "tokenizers") if 
 
 def _break_at_step_two(project: Workspace, kind: str) -> None:
     _custom(project.path, kind=kind, at=2)
-    project.raw("preset.yml", _with(_TRUST, ("training", "save_steps: 1")).encode())
+    project.raw("preset.yml", _with(_TRUST, ("training", "save_steps: 1"), ("training", "log_steps: 1")).encode())
 
 
 def _require_failed_run(project: Workspace, reason: str) -> None:
@@ -1110,3 +1280,18 @@ def test_a_crash_is_exit_code_one(project: Workspace) -> None:
     assert "Traceback" in result.err
     assert result.err.splitlines()[-1] == "RuntimeError: the model broke on purpose"
     _require_failed_run(project, "RuntimeError: the model broke on purpose")
+
+
+def test_logits_of_a_wrong_shape_are_told_without_a_traceback(project: Workspace) -> None:
+    """Exit code 2 promises that nothing was written: then it must be found before the run directory is made."""
+    wrong = "KitModel.forward = lambda self, input_ids: CausalLMOutput(logits=torch.zeros(1, 1))"
+    _custom(project.path, f"\n\n{wrong}\n")
+    project.raw("preset.yml", _with(_TRUST).encode())
+    before = _snapshot(project)
+    result = run_here(*Case.arguments)
+    _require_lines(result, result.code, ("logits of [1, 1]", "[2, 16]"), ("logits",))
+    if result.code == 2:
+        assert _snapshot(project) == before
+    else:
+        assert result.code == 1
+        assert project.status()["status"] == "failed"

@@ -167,7 +167,7 @@ REFUSED: list[tuple[str, str, str]] = [
     (NAME, '" "', "must not be empty"),
     (NAME, '"a\\0b"', "must not contain a NUL character"),
     ("data.text_column", "", "must be text, not nothing (null)"),
-    (CLIP, "0", "must be greater than 0, not 0"),
+    (CLIP, "0.0", "must be greater than 0, not 0.0"),
     (CLIP, "abc", "must be a finite number, not the text 'abc'"),
     (CLIP, "true", "must be a number, not true"),
     (BETAS, "0.9", "must be a list of two numbers"),
@@ -179,7 +179,7 @@ REFUSED: list[tuple[str, str, str]] = [
     ("training.dtype", "fp16", "must be 'bfloat16', 'float16' or 'float32', not 'fp16'"),
     ("training.scheduler", "Cosine", "must be 'cosine', 'linear', 'constant' or 'wsd', not 'Cosine'"),
     ("device", "gpu", "'gpu' is not a device"),
-    ("device", "cuda:", "'cuda:' is not a device"),
+    ("device", '"cuda:"', "'cuda:' is not a device"),
     ("data.num_workers", "0", "must be auto or a whole number of at least 1, not 0"),
     ("training.keep_checkpoints", "some", "must be all or a whole number of at least 1, not the text 'some'"),
 ]
@@ -307,7 +307,7 @@ def test_wrong_keys_have_a_line_and_a_hint(tmp_path: Path, added: str, what: str
 
 
 def test_a_dotted_key_in_a_file_is_shown_where_it_stands(tmp_path: Path) -> None:
-    """People paste `--set training.lr=...` into the file; the section's own line would send them to the wrong place."""
+    """People paste `training.lr=...` into the file; the section's own line would send them to the wrong place."""
     ((what, _),) = _problems(tmp_path, BASE + "training.lr: 1e-3\n")
     assert what == "p.yml:6: training.lr: unknown key"
 
@@ -450,9 +450,7 @@ def test_hints_are_shown_and_not_applied_unless_asked(tmp_path: Path) -> None:
 
 def test_hints_fill_only_what_the_preset_leaves_unset(tmp_path: Path) -> None:
     """`max_grad_norm: null` is a choice (no clipping), not an omission."""
-    loaded = _load(
-        tmp_path, BASE + "  use_model_hints: true\n  max_grad_norm: null\n", "training.betas=[0.9, 0.95]"
-    )
+    loaded = _load(tmp_path, BASE + "  use_model_hints: true\n  max_grad_norm: null\n", "training.betas=[0.9, 0.95]")
     preset, hints = apply_hints(loaded, HINTED)
     training = preset.training
     assert (training.lr, training.betas, training.max_grad_norm) == (1e-3, (0.9, 0.95), None)

@@ -54,6 +54,11 @@ def test_only_one_bom_is_dropped(tmp_path: Path) -> None:
         _read(_file(tmp_path, BOM + BOM + LINE))
 
 
+def test_a_bom_at_the_start_of_a_later_line_is_not_dropped(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl:2: malformed JSON"):
+        _read(_file(tmp_path, LINE + BOM + LINE))
+
+
 def test_records_end_at_newline_only(tmp_path: Path) -> None:
     raw = "a\u2028b\u2029c\u0085d"
     escaped = r"\u000b\u000c\u001c\u001d\u001e\r\n\u0000\t"
@@ -156,7 +161,7 @@ def test_nested_column_and_the_literal_key_that_wins(
 def test_a_literal_key_wins_even_when_its_value_is_no_text(tmp_path: Path) -> None:
     """Falling through to the nested key would mix two columns in one corpus."""
     path = _file(tmp_path, b'{"a.b": null, "a": {"b": "x"}}')
-    with pytest.raises(DataError, match="'a.b' holds null, not text"):
+    with pytest.raises(DataError, match=r"'a\.b' holds null, not text"):
         _read(path, column="a.b")
 
 

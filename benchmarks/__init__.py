@@ -1,0 +1,1 @@
+"""Side-by-side runs against what a user would pick instead."""

@@ -1,0 +1,8 @@
+"""`python -m benchmarks`: run all benchmarks and print their tables."""
+
+from __future__ import annotations
+
+from benchmarks import train_throughput
+
+if __name__ == "__main__":
+    train_throughput.main()

@@ -1,0 +1,288 @@
+"""Numbers of a run on their way to the console, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from eulerforge.metrics import console as console_module
+from eulerforge.metrics.console import Console
+from eulerforge.metrics.meters import SpeedMeter, binary_size, clock_time
+from eulerforge.metrics.trackers import (
+    CompositeTracker,
+    ConsoleTracker,
+    JsonlTracker,
+    StepMetrics,
+    TensorBoardTracker,
+)
+
+METRICS = StepMetrics(
+    step=10,
+    loss=10.45234,
+    lr=6e-5,
+    grad_norm=0.9342,
+    aux_loss=None,
+    tokens=20480,
+    epoch=1.23456789,
+    elapsed=23.80049,
+    steps_per_second=0.41999,
+    tokens_per_second=18432.46,
+    seconds_left=760.2,
+)
+LINE = "step=10/500 | loss=10.4523 | lr=6.00e-05 | 0.42 steps/s | 18,432 tok/s | grad_norm=0.93 | ETA 0:12:40"
+
+
+@pytest.mark.parametrize("aux_loss", [None, 0.125])
+def test_a_record_has_the_agreed_keys_in_order(aux_loss: float | None) -> None:
+    record = replace(METRICS, aux_loss=aux_loss).record()
+    expected: list[tuple[str, object]] = [
+        ("step", 10),
+        ("loss", 10.45234),
+        ("lr", 6e-5),
+        ("elapsed_sec", 23.8),
+        ("grad_norm", 0.9342),
+        *([("aux_loss", 0.125)] if aux_loss is not None else []),
+        ("tokens", 20480),
+        ("epoch", 1.234568),
+        ("tokens_per_sec", 18432.5),
+        ("steps_per_sec", 0.42),
+    ]
+    assert list(record.items()) == expected
+
+
+def test_the_jsonl_file_is_complete_after_each_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.step(METRICS)
+    assert path.read_text() == ""
+    for step in (10, 20):
+        tracker.log(replace(METRICS, step=step))
+        lines = path.read_text().splitlines()
+        assert json.loads(lines[-1]) == replace(METRICS, step=step).record()
+    assert path.read_text().endswith("\n")
+    assert len(path.read_text().splitlines()) == 2
+    tracker.close()
+
+
+def test_a_reopened_jsonl_file_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        tracker = JsonlTracker(path)
+        tracker.log(replace(METRICS, step=step))
+        tracker.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_json_is_not_written(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    with pytest.raises(ValueError, match="JSON"):
+        tracker.log(replace(METRICS, loss=value))
+    tracker.close()
+    assert path.read_text() == ""
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_speed_before_the_first_step_is_zero() -> None:
+    clock = _Clock()
+    meter = SpeedMeter(clock)
+    clock.now = 105.0
+    assert (meter.steps_per_second, meter.tokens_per_second, meter.seconds_left(10)) == (0.0, 0.0, 0.0)
+    assert meter.elapsed == 5.0
+
+
+def test_speed_is_that_of_the_last_twenty_steps() -> None:
+    """A slow first step colours the mean for 20 steps and not longer."""
+    clock = _Clock()
+    meter = SpeedMeter(clock)
+    clock.now += 60.0
+    meter.step_done(1000)
+    assert meter.steps_per_second == pytest.approx(1 / 60)
+    assert meter.tokens_per_second == pytest.approx(1000 / 60)
+    assert meter.seconds_left(30) == pytest.approx(1800)
+    for _ in range(19):
+        clock.now += 0.5
+        meter.step_done(1000)
+    assert meter.steps_per_second == pytest.approx(20 / 69.5)
+    for _ in range(20):
+        clock.now += 0.25
+        meter.step_done(400)
+    assert meter.steps_per_second == pytest.approx(4.0)
+    assert meter.tokens_per_second == pytest.approx(1600.0)
+    assert meter.seconds_left(30) == pytest.approx(7.5)
+    assert meter.elapsed == pytest.approx(60 + 19 * 0.5 + 20 * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00:00"),
+        (59.4, "0:00:59"),
+        (59.6, "0:01:00"),
+        (760.2, "0:12:40"),
+        (3599.7, "1:00:00"),
+        (90061, "25:01:01"),
+        (360000, "100:00:00"),
+    ],
+)
+def test_clock_time(seconds: float, text: str) -> None:
+    assert clock_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (1024**2, "1.0 MiB"),
+        (1.5 * 1024**3, "1.5 GiB"),
+        (2048 * 1024**3, "2048.0 GiB"),
+    ],
+)
+def test_binary_size(size: float, text: str) -> None:
+    assert binary_size(size) == text
+
+
+def test_console_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console("Pretrain")
+    console.say("Packed: 8 tokens → 2 chunks")
+    console.warn("no GPU.")
+    captured = capsys.readouterr()
+    assert captured.out == "[Pretrain] Packed: 8 tokens → 2 chunks\n[Pretrain] Warning: no GPU.\n"
+    assert captured.err == ""
+
+
+def test_a_silent_console_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console("Pretrain", enabled=False)
+    console.say("x")
+    console.warn("x")
+    console.start_bar(10, 0)
+    console.advance_bar({"loss": "1"})
+    console.close_bar()
+    assert capsys.readouterr().out == ""
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("aux_loss", "line"), [(None, LINE), (0.0211, LINE.replace(" | ETA", " | aux_loss=0.0211 | ETA"))]
+)
+def test_the_step_line(capsys: pytest.CaptureFixture[str], aux_loss: float | None, line: str) -> None:
+    """In a pipe there are lines only, and only for logged steps."""
+    tracker = ConsoleTracker(Console("Pretrain"), 500)
+    metrics = replace(METRICS, aux_loss=aux_loss)
+    tracker.step(replace(metrics, step=9))
+    tracker.step(metrics)
+    tracker.log(metrics)
+    tracker.close()
+    captured = capsys.readouterr()
+    assert captured.out == f"[Pretrain] {line}\n"
+    assert captured.err == ""
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_and_bar_do_not_break_each_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console("Pretrain")
+    tracker = ConsoleTracker(console, 500)
+    for step in range(1, 11):
+        tracker.step(replace(METRICS, step=step))
+    tracker.log(METRICS)
+    console.say("Checkpoint saved: x → y")
+    tracker.close()
+    tracker.close()  # a second closing, as after an exception, is harmless
+    console.say("done")
+    assert capsys.readouterr().out == f"[Pretrain] {LINE}\n[Pretrain] Checkpoint saved: x → y\n[Pretrain] done\n"
+    drawn = terminal.getvalue()
+    assert "10/500" in drawn
+    assert "[Pretrain]" not in drawn
+    assert drawn.endswith("\r")  # the bar is taken off the screen
+
+
+def test_the_bar_shows_loss_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    # Draw at once instead of ten times a second.
+    monkeypatch.setattr(console_module, "tqdm", partial(tqdm, mininterval=0))
+    tracker = ConsoleTracker(Console("Pretrain"), 500)
+    tracker.step(METRICS)
+    tracker.close()
+    drawn = terminal.getvalue()
+    assert "1/500" in drawn
+    assert "loss=10.4523" in drawn
+    assert "tok/s=18,432" in drawn
+
+
+def test_tensorboard_holds_every_logged_value(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path / "tensorboard")
+    for step, aux_loss in ((10, 0.5), (20, 0.25), (30, None)):
+        metrics = replace(METRICS, step=step, loss=step / 8, aux_loss=aux_loss)
+        tracker.step(replace(metrics, step=step - 1))
+        tracker.log(metrics)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    expected = {
+        "train/loss": {10: 1.25, 20: 2.5, 30: 3.75},
+        "train/lr": dict.fromkeys((10, 20, 30), 6e-5),
+        "train/grad_norm": dict.fromkeys((10, 20, 30), 0.9342),
+        "train/tokens": dict.fromkeys((10, 20, 30), 20480.0),
+        "train/epoch": dict.fromkeys((10, 20, 30), 1.23456789),
+        "train/aux_loss": {10: 0.5, 20: 0.25},
+        "speed/tokens_per_sec": dict.fromkeys((10, 20, 30), 18432.46),
+        "speed/steps_per_sec": dict.fromkeys((10, 20, 30), 0.41999),
+    }
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for name, points in expected.items():
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx(points, rel=1e-6)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+class _Recorder:
+    def __init__(self, calls: list[str], name: str) -> None:
+        self._calls, self._name = calls, name
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._calls.append(f"{self._name} step {metrics.step}")
+
+    def log(self, metrics: StepMetrics) -> None:
+        self._calls.append(f"{self._name} log {metrics.step}")
+
+    def close(self) -> None:
+        self._calls.append(f"{self._name} close")
+
+
+def test_a_composite_tells_everyone_in_order() -> None:
+    calls: list[str] = []
+    tracker = CompositeTracker([_Recorder(calls, "a"), _Recorder(calls, "b")])
+    tracker.step(METRICS)
+    tracker.log(METRICS)
+    tracker.close()
+    assert calls == ["a step 10", "b step 10", "a log 10", "b log 10", "a close", "b close"]
