@@ -66,6 +66,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def reason_of(error: BaseException, limit: int = 300) -> str:
+    """The message of another library's exception as one line, cut to `limit` characters."""
+    text = _one_line(str(error)) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 class InputError(EulerForgeError):
     """The user's input is wrong. Nothing has been written."""
 

@@ -15,11 +15,14 @@ def write_json(path: Path, values: Any) -> None:
     """Replace a JSON file in one move; a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
 
 

@@ -14,11 +14,12 @@ from typing import TypeVar
 
 from eulerforge.config.hints import Hint, apply_hints
 from eulerforge.config.load import LoadedPreset
+from eulerforge.config.paths import default_cache_dir, expand_path, require_writable
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.data.sources import DocumentCounts, iter_documents, resolve_files
-from eulerforge.errors import InputError, ModelError, Problem, TokenizerError
+from eulerforge.errors import DataError, InputError, ModelError, Problem, TokenizerError
 from eulerforge.models.blocks import find_blocks
-from eulerforge.models.directory import ModelDirectory
+from eulerforge.models.directory import TOKENIZER_FILES, ModelDirectory
 from eulerforge.precision.plan import PrecisionPlan, plan_precision
 from eulerforge.train.run_directory import check_output_dir
 
@@ -36,6 +37,7 @@ class Preflight:
         directory: what is known about the model.
         tokenizer: directory or hub name to load.
         files: the corpus.
+        cache_dir: where token caches lie.
         precision: how numbers are held.
     """
 
@@ -45,6 +47,7 @@ class Preflight:
     directory: ModelDirectory
     tokenizer: str
     files: tuple[Path, ...]
+    cache_dir: Path
     precision: PrecisionPlan
 
 
@@ -56,11 +59,12 @@ def inspect(loaded: LoadedPreset) -> Preflight:
     """
     preset = loaded.preset
     attempts = _Attempts()
-    directory = attempts.run(lambda: ModelDirectory.read(Path(preset.model_dir).expanduser()))
+    directory = attempts.run(lambda: ModelDirectory.read(expand_path(preset.model_dir, "model_dir", ModelError)))
     files = attempts.run(lambda: resolve_files(str(preset.data.path)))
     if files:
         attempts.run(lambda: _peek(files, preset))
     attempts.run(lambda: check_output_dir(preset.output_dir))
+    cache_dir = attempts.run(lambda: _check_cache_dir(preset.data.cache_dir))
     if directory is None:
         raise attempts.error()
     preset, hints = attempts.run(lambda: apply_hints(loaded, directory.config)) or (preset, ())
@@ -70,9 +74,9 @@ def inspect(loaded: LoadedPreset) -> Preflight:
     precision = attempts.run(
         lambda: plan_precision(training.dtype, training.amp, training.precision_check, find_blocks(directory))
     )
-    if attempts.failed or files is None or tokenizer is None or precision is None:
+    if attempts.failed or files is None or tokenizer is None or precision is None or cache_dir is None:
         raise attempts.error()
-    return Preflight(loaded, preset, hints, directory, tokenizer, files, precision)
+    return Preflight(loaded, preset, hints, directory, tokenizer, files, cache_dir, precision)
 
 
 class _Attempts:
@@ -119,15 +123,25 @@ def _find_tokenizer(preset: PretrainPreset, directory: ModelDirectory) -> str:
             if suggestion
             else "set tokenizer to a tokenizer directory or a Hugging Face name",
         )
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
+    advice = "set tokenizer to a directory with tokenizer.json, or to a Hugging Face name"
+    path = expand_path(name, "tokenizer", TokenizerError)
     if path.is_dir():
+        known = ("tokenizer_config.json", *TOKENIZER_FILES)
+        if not any((path / file).is_file() for file in known):
+            raise TokenizerError(f"tokenizer: {path} holds no tokenizer.json or other tokenizer file", advice)
         return str(path)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path or path.exists():
-        raise TokenizerError(
-            f"tokenizer: {name} is not a directory", "set tokenizer to a directory with tokenizer.json, or to a name"
-        )
+        raise TokenizerError(f"tokenizer: {name} is not a directory", advice)
     return name
+
+
+def _check_cache_dir(cache_dir: str | None) -> Path:
+    path = default_cache_dir() if cache_dir is None else expand_path(cache_dir, "data.cache_dir", DataError)
+    if path.exists() and not path.is_dir():
+        raise DataError(f"data.cache_dir: {path} is a file", "set data.cache_dir to a directory")
+    require_writable(path, "data.cache_dir", DataError)
+    return path
 
 
 def _check_model(preset: PretrainPreset, directory: ModelDirectory) -> None:

@@ -28,10 +28,10 @@ import transformers
 import eulerforge
 from eulerforge.config.checks import grad_accum_steps
 from eulerforge.config.schema import TrainingSection
-from eulerforge.data.cache import CacheSpec, TokenCache, default_cache_dir, open_or_build
+from eulerforge.data.cache import CacheSpec, TokenCache, open_or_build
 from eulerforge.data.rows import DocumentRows, PackedRows, StepBatches, require_rows
 from eulerforge.distributed.context import ProcessContext, single_process
-from eulerforge.errors import EulerForgeError
+from eulerforge.errors import EulerForgeError, ModelError, reason_of
 from eulerforge.files import publish_directory, shown_path
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import binary_size
@@ -167,7 +167,12 @@ def _use_token_ids(model: Any, flight: Preflight, tokenizer: Tokenizer, console:
     """Put the tokenizer's special ids into config and generation config, so that `final/` stops where it should."""
     path = flight.directory.path / "generation_config.json"
     if path.is_file() and model.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(flight.directory.path)
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(flight.directory.path)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"{path}: cannot be read: {reason_of(error)}", "correct or remove generation_config.json"
+            ) from error
     targets = [model.config] + ([model.generation_config] if model.can_generate() else [])
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         used = getattr(tokenizer.backend, name)
@@ -189,9 +194,8 @@ def _load_tokens(flight: Preflight, tokenizer: Tokenizer, console: Console) -> T
         bos_id=tokenizer.bos_id if data.add_bos else None,
         eos_id=tokenizer.eos_id if data.add_eos else None,
     )
-    folder = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
     check = partial(require_rows, max_length=data.max_length, packing=data.packing)
-    cache = open_or_build(spec, tokenizer, folder, check, console.say)
+    cache = open_or_build(spec, tokenizer, flight.cache_dir, check, console.say)
     counts = cache.counts
     console.say(f"Loaded {counts.documents} texts from {data.path}")
     notes = {

@@ -62,14 +62,18 @@ def to_bool(value: Any) -> bool:
 
 def to_text(value: Any) -> str:
     """Non-empty text; numbers and booleans are refused with a hint to quote them."""
-    if isinstance(value, bool | int | float):
-        raise ValueError(f'must be text, not {describe(value)}; if text is meant, quote it: "{value}"')
+    if isinstance(value, bool | int):
+        raise ValueError(f'must be text, not {describe(value)}; if text is meant, quote it: "{str(value).lower()}"')
+    if isinstance(value, float):
+        raise ValueError(f"must be text, not {describe(value)}; if text is meant, quote it")
     if not isinstance(value, str):
         raise ValueError(f"must be text, not {describe(value)}")
     if not value.strip():
         raise ValueError("must not be empty")
     if "\0" in value:
         raise ValueError("must not contain a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("must be text that UTF-8 can hold")
     return value
 
 
@@ -138,6 +142,7 @@ Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(to_float)]
 NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(to_int)]
 PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(to_int)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(to_int)]
-ChunkLength = Annotated[int, Field(ge=2), BeforeValidator(to_int)]
+ChunkLength = Annotated[int, Field(ge=2, le=2**24), BeforeValidator(to_int)]
+MicroBatchRows = Annotated[int, Field(ge=1, le=2**16), BeforeValidator(to_int)]
 Bool = Annotated[bool, BeforeValidator(to_bool)]
 Text = Annotated[str, BeforeValidator(to_text)]

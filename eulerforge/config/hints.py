@@ -75,9 +75,10 @@ def apply_hints(loaded: LoadedPreset, config: Mapping[str, Any]) -> tuple[Pretra
         return PretrainPreset.model_validate(values), hints
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"][:2])
+        reason = first.get("ctx", {}).get("error", first["msg"])
         raise PresetError(
-            f"training.use_model_hints: config.json gives a bad value for {place}: {first['msg']}",
+            f"training.use_model_hints: config.json gives a bad value for {place}: {reason}",
             f"set {place} in the preset, or use_model_hints: false",
         ) from None
 

@@ -19,6 +19,30 @@ from eulerforge.config.schema import PretrainPreset
 from eulerforge.config.yaml_source import KeyPath, YamlDocument, parse_scalar, parse_yaml
 from eulerforge.errors import PresetError, Problem
 
+_FREE_MAPPINGS = (("data", "path"), ("data", "validation"))
+"""Keys whose values are mappings without a schema yet."""
+
+_FOREIGN_NAMES = {
+    "block_size": "data.max_length",
+    "epochs": "training.max_steps",
+    "gradient_accumulation_steps": "training.grad_accum_steps",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "learning_rate": "training.lr",
+    "logging_steps": "training.log_steps",
+    "lr_scheduler_type": "training.scheduler",
+    "max_seq_length": "data.max_length",
+    "max_train_steps": "training.max_steps",
+    "micro_batch_size": "training.batch_size",
+    "num_epochs": "training.max_steps",
+    "num_train_epochs": "training.max_steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "precision": "training.dtype",
+    "seq_len": "data.max_length",
+    "text_field": "data.text_column",
+    "text_key": "data.text_column",
+}
+"""What other trainers call our keys."""
+
 _FINETUNE_KEYS = ("injection", "moe", "backbone")
 
 
@@ -140,7 +164,12 @@ def _unknown_path(path: KeyPath) -> Problem | None:
     section: type[BaseModel] | None = PretrainPreset
     for depth, part in enumerate(path):
         if section is None:
-            return None  # inside a free mapping such as data.validation
+            if path[:depth] in _FREE_MAPPINGS:
+                return None
+            leaf = ".".join(path[:depth])
+            return Problem(
+                f"--set {'.'.join(path)}: unknown key, {leaf} has no keys below it", f"write --set {leaf}=..."
+            )
         if part not in section.model_fields:
             dotted = ".".join(path)
             if path[0] in _FINETUNE_KEYS:
@@ -184,16 +213,15 @@ def _known_keys(section: type[BaseModel], prefix: KeyPath) -> Iterator[str]:
 
 def _nearest(dotted: str) -> str:
     """Advice for an unknown key: the right section for a known name, else the nearest name."""
-    keys = known_keys()
     leaf = dotted.rpartition(".")[2].replace("-", "_")
-    same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
-    if same_leaf:
-        return f"write it as {same_leaf[0]}"
-    close = difflib.get_close_matches(dotted.replace("-", "_"), keys, n=1, cutoff=0.75)
-    if not close:
-        by_leaf = {key.rpartition(".")[2]: key for key in keys}
-        close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
-    return f"did you mean {close[0]}?" if close else "remove it, or see `eulerforge schema` for the known keys"
+    names = {key.rpartition(".")[2]: key for key in known_keys()}
+    if leaf in names:
+        return f"write it as {names[leaf]}"
+    # Every key by its own name and by its full one; and what other trainers call it.
+    candidates = {**_FOREIGN_NAMES, **{key: key for key in names.values()}, **names}
+    close = difflib.get_close_matches(dotted.replace("-", "_"), candidates, n=1, cutoff=0.8)
+    close = close or difflib.get_close_matches(leaf, candidates, n=1, cutoff=0.7)
+    return f"did you mean {candidates[close[0]]}?" if close else "remove it; `eulerforge schema` lists the known keys"
 
 
 def _schema_problems(errors: Iterable[ErrorDetails], places: _Places) -> Iterator[Problem]:
@@ -226,7 +254,8 @@ def _schema_problem(error: ErrorDetails, path: KeyPath, places: _Places) -> Prob
     if kind == "missing" and dotted == ".".join(map(str, error["loc"])):
         return Problem(f"{place}: required key is missing", f"add {dotted} to the preset")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return Problem(f"{place}: must be a mapping of keys", f"indent the keys of {dotted} below it")
+        advice = f"indent the keys of {dotted} below it, or set them one by one with --set {dotted}.key=value"
+        return Problem(f"{place}: must be a mapping of keys", advice)
     if kind == "literal_error":
         return Problem(f"{place}: must be {context['expected']}, not {error['input']!r}", "use one of those values")
     if kind == "value_error":

@@ -15,6 +15,7 @@ from eulerforge.config.fields import (
     Bool,
     ChunkLength,
     Fraction,
+    MicroBatchRows,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -67,7 +68,7 @@ class TrainingSection(Section):
     """The optimisation: how long, how big a step, how precise."""
 
     max_steps: PositiveInt = Field(description="Optimiser steps to run.")
-    batch_size: PositiveInt = Field(2, description="Rows in a micro-batch, per process.")
+    batch_size: MicroBatchRows = Field(2, description="Rows in a micro-batch, per process.")
     grad_accum_steps: PositiveInt = Field(1, description="Micro-batches per optimiser step.")
     global_batch_size: PositiveInt | None = Field(
         None, description="Rows per step over all processes; sets grad_accum_steps for any world size."

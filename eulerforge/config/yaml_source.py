@@ -84,6 +84,8 @@ def parse_yaml(text: str, name: str) -> YamlDocument:
         return document
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if error.context_mark is not None and mark is not None and mark.line >= len(text.splitlines()):
+            mark = error.context_mark  # an open bracket or quote is found at the end, but was made where it began
         place = f"{name}:{mark.line + 1}" if mark else name
         reason = " ".join(part for part in (error.context, error.problem) if part)
         raise PresetError(
@@ -129,8 +131,11 @@ def _index(
             continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            shown = getattr(key_node, "value", key)
-            problems.append(Problem(f"{name}:{line}: the key {shown} is not text", f'quote it: "{shown}"'))
+            if isinstance(key_node, yaml.ScalarNode):
+                shown = key_node.value
+                problems.append(Problem(f"{name}:{line}: the key {shown} is not text", f'quote it: "{shown}"'))
+            else:
+                problems.append(Problem(f"{name}:{line}: the key is a list or mapping", "write a name as the key"))
             continue
         if key in seen:
             what = f"{name}:{line}: duplicate key {'.'.join((*path, key))} (first on line {seen[key]})"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from array import array
@@ -88,12 +87,6 @@ class TokenCache:
         return len(self.offsets) - 1
 
 
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/eulerforge/tokens`, or below `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "eulerforge" / "tokens"
-
-
 def open_or_build(
     spec: CacheSpec,
     encoder: DocumentEncoder,
@@ -111,7 +104,7 @@ def open_or_build(
         DataError: bad input, no usable document, or a cache directory that cannot be written.
     """
     identity = _identity(spec, encoder)
-    folder = cache_dir.expanduser().absolute() / _digest(identity)
+    folder = cache_dir / _digest(identity)
     if folder.is_dir():
         try:
             cache = _open(folder, reused=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from eulerforge.config.paths import expand_path
 from eulerforge.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
@@ -62,7 +63,7 @@ def resolve_files(path: str) -> tuple[Path, ...]:
     Raises:
         DataError: nothing there, an empty file, or a format that cannot be read.
     """
-    given = Path(path).expanduser()
+    given = expand_path(path, "data.path", DataError)
     if given.is_dir():
         # Formats that cannot be read yet are listed too, so that they are refused and not left out without a word.
         names = (*SUFFIXES, ".zst", ".parquet")
@@ -85,6 +86,9 @@ def resolve_files(path: str) -> tuple[Path, ...]:
 
 
 def _check_readable(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        # A pipe can be read once only, and opening one may wait for ever.
+        raise DataError(f"data.path: {path} is not a regular file (a pipe or device)", "give a JSONL file on disk")
     try:
         with path.open("rb") as handle:
             head = handle.read(4)
@@ -165,14 +169,16 @@ def _open(path: Path) -> IO[bytes]:
 def _text_of(line: bytes, text_column: str) -> str:
     try:
         # Numbers are never looked at; as floats they cannot hit Python's limit on the digits of an integer.
-        record = json.loads(line.decode("utf-8"), parse_int=float)
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_int=float)
     except UnicodeDecodeError as error:
         raise _BadLine(
             "invalid UTF-8", f"invalid UTF-8 at byte {error.start} of the line", "save the file as UTF-8"
         ) from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise _BadLine(
-            "malformed JSON", f"malformed JSON: {error}", "correct the line, or set data.on_bad_line: skip"
+            "malformed JSON",
+            f"malformed JSON: {error.msg} at column {error.colno}",
+            "correct the line, or set data.on_bad_line: skip",
         ) from None
     except RecursionError:
         raise _BadLine(

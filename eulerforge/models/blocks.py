@@ -44,7 +44,8 @@ def _from_eulerstack(config: Mapping[str, Any]) -> Iterator[FoundBlock]:
     if not isinstance(stack, dict):
         return
     for part in ("pattern", "tail"):
-        for index, layer in enumerate(stack.get(part) or ()):
+        layers = stack.get(part)
+        for index, layer in enumerate(layers if isinstance(layers, list) else ()):
             if not isinstance(layer, dict):
                 continue
             family = _EULERSTACK_BLOCKS.get(str(layer.get("block")))

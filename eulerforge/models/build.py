@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, reason_of
 from eulerforge.models.directory import ModelDirectory
 from eulerforge.models.weights import read_weights
 
@@ -72,23 +72,16 @@ def _as_model_error(directory: ModelDirectory, what: str) -> Iterator[None]:
     """Failures of transformers or of the directory's own code become one line with the place that raised."""
     try:
         yield
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # code that exits must not pass for a run that finished
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).name in directory.code]
+        frame = (own or frames)[-1]
+        missing = isinstance(error, ModuleNotFoundError) or "packages that were not found" in str(error)
         raise ModelError(
-            f"model_dir: {directory.path}: {what}: {_first_line(error)}", "install the missing package with pip"
-        ) from error
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ModelError(
-            f"model_dir: {directory.path}: {what}: {type(error).__name__}: {_first_line(error)} "
+            f"model_dir: {directory.path}: {what}: {type(error).__name__}: {reason_of(error)} "
             f"({Path(frame.filename).name}:{frame.lineno} in {frame.name})",
-            "correct config.json or the model's code; `python -c \"from transformers import AutoConfig, "
-            'AutoModelForCausalLM"` with from_config(...) reproduces it',
+            "install the missing package with pip" if missing else "correct config.json or the model's code",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _load_weights(model: Any, directory: ModelDirectory, trust_remote_code: bool) -> None:
@@ -146,7 +139,7 @@ def _load_converted(
     """Let transformers map the file's names, copy its state; (missing, unexpected, misshaped) names."""
     from transformers import AutoModelForCausalLM
 
-    with _as_model_error(directory, "cannot load the weights"):
+    with _as_model_error(directory, "cannot load the weights"), _quiet_transformers():
         loaded, report = AutoModelForCausalLM.from_pretrained(
             directory.path,
             trust_remote_code=trust_remote_code,
@@ -157,6 +150,19 @@ def _load_converted(
     model.load_state_dict(loaded.state_dict(), strict=True)
     misshaped = [str(entry[0]) for entry in report["mismatched_keys"]]
     return sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), misshaped
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers prints a table of keys that do not fit; the error says it in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def embedding_rows(model: Any) -> int:
@@ -197,7 +203,7 @@ def grow_vocabulary(model: Any, rows: int) -> None:
     try:
         model.resize_token_embeddings(rows, mean_resizing=False)
     except (NotImplementedError, AttributeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot grow the embeddings to {rows} rows: {_first_line(error)}", advice) from error
+        raise ModelError(f"cannot grow the embeddings to {rows} rows: {reason_of(error)}", advice) from error
     output = model.get_output_embeddings()
     if embedding_rows(model) != rows or (output is not None and output.weight.shape[0] != rows):
         raise ModelError(f"growing the embeddings to {rows} rows had no effect on {type(model).__name__}", advice)

@@ -141,71 +141,76 @@ def _entry_modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     for auto_class, references in auto_map.items():
         for reference in references if isinstance(references, list) else [references]:
-            if isinstance(reference, str) and "." in reference and "--" not in reference:
-                yield auto_class, reference.rpartition(".")[0]
+            if reference is None or (isinstance(reference, str) and "--" in reference):
+                continue  # nothing (a tokenizer without its slow form), or code of a hub repository
+            parts = reference.split(".") if isinstance(reference, str) else []
+            if len(parts) != 2 or not all(part.isidentifier() for part in parts):
+                raise ModelError(
+                    f"config.json auto_map.{auto_class}: {reference!r} is not of the form file.Class",
+                    "name a Python file beside config.json, without .py, and a class in it",
+                )
+            yield auto_class, parts[0]
 
 
 def _reachable_code(root: Path, config: Mapping[str, Any]) -> dict[str, ast.Module]:
     """Parse every file that `auto_map` reaches, following relative imports (also those inside functions)."""
     found: dict[str, ast.Module] = {}
-    queue: list[tuple[Path, str]] = []
-    for auto_class, module in _entry_modules(config):
-        queue.append((root / f"{module.replace('.', '/')}.py", f"config.json auto_map.{auto_class}"))
+    queue = [(f"{module}.py", f"config.json auto_map.{auto_class}") for auto_class, module in _entry_modules(config)]
     while queue:
-        path, wanted_by = queue.pop()
-        name = path.relative_to(root).as_posix()
+        name, wanted_by = queue.pop()
         if name in found:
             continue
+        path = root / name
         try:
             found[name] = ast.parse(path.read_bytes(), filename=str(path))
-        except FileNotFoundError:
+        except OSError as error:
+            fault = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
             raise ModelError(
-                f"{path} is missing, wanted by {wanted_by}", "copy the file into model_dir or re-export the model"
+                f"{path} {fault}, wanted by {wanted_by}",
+                "copy the file into model_dir or re-export the model",
             ) from None
         except (SyntaxError, ValueError) as error:
             line = getattr(error, "lineno", None)
             place = f"{path}:{line}" if line else str(path)
             raise ModelError(f"{place}: not valid Python: {error.args[0]}", "correct the model's code") from None
-        queue += [(target, name) for target in _relative_imports(found[name], path, root)]
+        queue += [(f"{module}.py", name) for module in _relative_imports(found[name], path)]
     return found
 
 
-def _relative_imports(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
+def _relative_imports(tree: ast.Module, path: Path) -> Iterator[str]:
+    """Names of the modules beside `path` that it imports.
+
+    transformers copies the files of `from .name import ...` and no others, so any other relative import fails there.
+    """
+    at_import = set(map(id, _import_time_statements(tree)))
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
-        base = path.parent
-        for _ in range(node.level - 1):
-            base = base.parent
-        if not base.is_relative_to(root):
-            continue
-        if node.module:
-            base = base.joinpath(*node.module.split("."))
-            candidates = [base]
-        else:
-            candidates = [base / alias.name for alias in node.names]
-        for candidate in candidates:
-            if candidate.is_dir():
-                yield candidate / "__init__.py"
-                yield from (
-                    candidate / f"{alias.name}.py"
-                    for alias in node.names
-                    if (candidate / f"{alias.name}.py").is_file()
-                )
-            else:
-                yield candidate.with_name(f"{candidate.name}.py")
+        if node.level == 1 and node.module and "." not in node.module and not (path.parent / node.module).is_dir():
+            yield node.module
+        elif id(node) in at_import:
+            raise ModelError(
+                f"{path}:{node.lineno}: transformers cannot load this relative import of custom code",
+                "keep the code in one flat folder and write `from .name import ...`",
+            )
 
 
 def _absolute_imports(tree: ast.Module) -> Iterator[str]:
-    """Packages imported when the module is loaded: not inside functions, `try` or `if` (those are optional)."""
-    queue: list[ast.stmt] = list(tree.body)
-    while queue:
-        node = queue.pop()
+    """Packages imported when the module is loaded."""
+    for node in _import_time_statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module.partition(".")[0]
-        elif isinstance(node, ast.ClassDef | ast.With):
+
+
+def _import_time_statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run whenever the module is loaded: not inside functions, `try` or `if`."""
+    queue: list[ast.stmt] = list(tree.body)
+    while queue:
+        node = queue.pop()
+        yield node
+        if isinstance(node, ast.ClassDef | ast.With):
             queue += node.body
 
 

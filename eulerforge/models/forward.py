@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eulerforge.errors import ModelError
+from eulerforge.errors import TrainingError
 
 
 class CausalForward:
@@ -58,7 +58,7 @@ class CausalForward:
             logits (rows, length, vocabulary) and the scaled auxiliary loss (a scalar), None if the model has none.
 
         Raises:
-            ModelError: the output has no logits of that shape.
+            TrainingError: the output has no logits of that shape.
         """
         options = dict(self._options)
         if self._takes_positions:
@@ -70,9 +70,10 @@ class CausalForward:
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != input_ids.shape:
             shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ModelError(
+            raise TrainingError(
                 f"{type(self._model).__name__}.forward gave logits of {shape} for ids of {list(input_ids.shape)}",
                 "return an output whose `logits` have the shape (batch, length, vocabulary)",
+                see="docs/models.md",
             )
         return logits, self._auxiliary_loss(output)
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eulerforge.errors import TokenizerError
+from eulerforge.errors import TokenizerError, reason_of
+from eulerforge.models.directory import TOKENIZER_FILES
 
 
 class Tokenizer:
@@ -96,9 +97,8 @@ def load_tokenizer(name: str, trust_remote_code: bool, add_bos: bool, add_eos: b
     try:
         backend = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        place = "directory" if Path(name).is_dir() else "hub name"
         raise TokenizerError(
-            f"tokenizer: cannot load {name} (as {place}): {_reason(error)}",
+            f"tokenizer: cannot load {_described(name)}: {type(error).__name__}: {reason_of(error)}",
             "set tokenizer to a directory with tokenizer.json, or to a name that is in the local Hugging Face cache "
             "or can be downloaded",
         ) from error
@@ -108,14 +108,17 @@ def load_tokenizer(name: str, trust_remote_code: bool, add_bos: bool, add_eos: b
     return tokenizer
 
 
+def _described(name: str) -> str:
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name} (as hub name)"
+    files = sorted(file.name for file in folder.iterdir() if "token" in file.name or file.name in TOKENIZER_FILES)
+    return f"{name} ({', '.join(files)})"
+
+
 def _require_token(tokenizer: Tokenizer, kind: str, wanted: bool) -> None:
     if wanted and getattr(tokenizer, f"{kind}_id") is None:
         raise TokenizerError(
             f"tokenizer: {tokenizer.name} has no {kind.upper()} token, but data.add_{kind} is true",
             f'add "{kind}_token" to its tokenizer_config.json, or set data.add_{kind}: false',
         )
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

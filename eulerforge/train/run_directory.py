@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from eulerforge.config.paths import expand_path, require_writable
 from eulerforge.errors import OutputError
 from eulerforge.files import write_json
 
@@ -24,7 +24,11 @@ def check_output_dir(output_dir: str | None) -> None:
     Raises:
         OutputError: with the reason.
     """
-    path = Path(DEFAULT_PARENT if output_dir is None else output_dir).expanduser().absolute()
+    path = expand_path(output_dir or DEFAULT_PARENT, "output_dir", OutputError)
+    if path.is_symlink() and not path.exists():
+        raise OutputError(
+            f"output_dir: {path} is a link to nothing", "remove the link or set output_dir to another directory"
+        )
     if path.exists() and not path.is_dir():
         raise OutputError(f"output_dir: {path} is a file", "choose a directory that does not exist yet")
     if output_dir is not None and path.is_dir() and any(path.iterdir()):
@@ -32,16 +36,7 @@ def check_output_dir(output_dir: str | None) -> None:
             f"output_dir: {path} is not empty; a run never mixes with an earlier one",
             "choose a new output_dir, or remove the old run",
         )
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    try:
-        # Trying is the only test that holds for root, read-only mounts and quotas alike.
-        with tempfile.TemporaryDirectory(prefix=".eulerforge-probe-", dir=existing):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"output_dir: {path} cannot be made: {existing} is not writable ({error.strerror})",
-            "choose a place that you can write to",
-        ) from None
+    require_writable(path, "output_dir", OutputError)
 
 
 class RunDirectory:
@@ -58,7 +53,7 @@ class RunDirectory:
         """Make it: `output_dir` (new or empty), or `outputs/pretrain_YYYYmmdd_HHMMSS` with a suffix if taken."""
         check_output_dir(output_dir)
         if output_dir is not None:
-            path = Path(output_dir).expanduser().absolute()
+            path = expand_path(output_dir, "output_dir", OutputError)
             path.mkdir(parents=True, exist_ok=True)
             return cls(path)
         base = Path(DEFAULT_PARENT).absolute() / f"pretrain_{now:%Y%m%d_%H%M%S}"

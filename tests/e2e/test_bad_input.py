@@ -302,7 +302,9 @@ PRESET_CASES = [
         at="max_steps: 4",
     ),
     _preset("key is not text", _with(("", "on: 1")), ("the key on is not text",), 'quote it: "on"', at="on: 1"),
-    _preset("key is a list", GOOD + "? [a, b]\n: 1\n", "preset.yml:12: the key", "text", absent="ScalarNode"),
+    _preset(
+        "key is a list", GOOD + "? [a, b]\n: 1\n", "preset.yml:12: the key", "name as the key", absent="ScalarNode"
+    ),
     _value("", "devise: cpu", "unknown key", "did you mean device?"),
     _value("data", "max_lenght: 8", "unknown key", "did you mean data.max_length?"),
     _value("training", "lerning_rate: 1", "unknown key", "training.lr"),
@@ -399,8 +401,8 @@ VALUE_CASES = [
     _value("data", "packing: maybe", ("true or false", "'maybe'")),
     _value("data", "max_length: 1", ("greater than or equal to 2", "1")),
     _value("data", "text_column: [text]", ("text", "a list")),
-    _value("data", "path: 5", ("path as text", "5")),
-    _value("data", "path: ''", ("path as text", "''")),
+    _value("data", "path: 5", ("must be text", "5")),
+    _value("data", "path: ''", ("must not be empty",)),
     _value("data", 'path: "a\\0b"', "NUL"),
     _value("data", "on_bad_line: ignore", ("'error'", "'skip'", "'ignore'"), "one of those values"),
     _value("", "model_dir: 2024", ("text", 'quote it: "2024"')),
@@ -759,13 +761,13 @@ TOKENIZER_CASES = [
     _project(
         "tokenizer.json cut off",
         lambda root: (root / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "model":'),
-        ("cannot load tokenizer", "tokenizer.json"),
+        ("cannot load", "tokenizer.json"),
         "tokenizer",
     ),
     _project(
         "tokenizer.json of another kind",
         lambda root: (root / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "Quipu"}}'),
-        ("cannot load tokenizer", "tokenizer.json"),
+        ("cannot load", "tokenizer.json"),
         "tokenizer",
     ),
 ]
@@ -902,14 +904,14 @@ OUTPUT_CASES = [
         "output_dir below a file",
         None,
         ("output_dir", "data.jsonl/a/run", "cannot be made"),
-        "choose",
+        "set output_dir to a place",
         ("", "output_dir: data.jsonl/a/run"),
     ),
     _project(
         "output_dir not writable",
         None,
         ("output_dir", "/proc/eulerforge/run", "cannot be made"),
-        "choose a place",
+        "set output_dir to a place",
         ("", "output_dir: /proc/eulerforge/run"),
     ),
 ]

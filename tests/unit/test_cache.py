@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eulerforge.data.cache import CacheSpec, TokenCache, default_cache_dir, open_or_build
+from eulerforge.config.paths import default_cache_dir
+from eulerforge.data.cache import CacheSpec, TokenCache, open_or_build
 from eulerforge.data.sources import DocumentCounts
 from eulerforge.errors import DataError
 

@@ -123,7 +123,7 @@ def test_padding_uses_a_valid_id(tmp_path: Path, eos: bool, expected: int) -> No
     assert _load(write_byte_tokenizer(tmp_path / "t", eos=eos), add_eos=False).pad_id == expected
 
 
-@pytest.mark.parametrize(("content", "place"), [(None, "hub name"), ("{", "directory")])
+@pytest.mark.parametrize(("content", "place"), [(None, "as hub name"), ("{", "tokenizer.json")])
 def test_a_tokenizer_that_does_not_load_is_one_line(tmp_path: Path, content: str | None, place: str) -> None:
     path = tmp_path / "none"
     if content is not None:
@@ -131,5 +131,5 @@ def test_a_tokenizer_that_does_not_load_is_one_line(tmp_path: Path, content: str
         (path / "tokenizer.json").write_text(content)
     with pytest.raises(TokenizerError) as caught:
         _load(path)
-    assert str(caught.value).startswith(f"tokenizer: cannot load {path} (as {place}): ")
+    assert str(caught.value).startswith(f"tokenizer: cannot load {path} ({place}): ")
     assert "\n" not in str(caught.value)
