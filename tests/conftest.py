@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
-# Before anything imports transformers: no network, and no progress bars or telemetry in captured output.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "true"
+# Before anything imports transformers: no network, and copies of custom code not in the user's own cache.
+_MODULES = tempfile.TemporaryDirectory(prefix="eulerforge-modules-")
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "HF_MODULES_CACHE": _MODULES.name}
 
 from pathlib import Path
 
