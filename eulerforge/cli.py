@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error.render(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
         return 1
     return 0
 

@@ -12,8 +12,7 @@ import contextlib
 import math
 import platform
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -31,7 +30,6 @@ from eulerforge.config.schema import TrainingSection
 from eulerforge.data.cache import CacheSpec, TokenCache, open_or_build
 from eulerforge.data.rows import DocumentRows, PackedRows, StepBatches, require_rows
 from eulerforge.distributed.context import ProcessContext, single_process
-from eulerforge.errors import EulerForgeError, ModelError, reason_of
 from eulerforge.files import publish_directory, shown_path
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import binary_size
@@ -39,7 +37,7 @@ from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlT
 from eulerforge.models.build import build_model, embedding_rows, grow_vocabulary
 from eulerforge.models.forward import CausalForward
 from eulerforge.models.stats import count_parameters, state_bytes
-from eulerforge.models.tokenizer import Tokenizer, load_tokenizer
+from eulerforge.models.tokenizer import Tokenizer, adopt_special_ids, load_tokenizer
 from eulerforge.optim.optimizer import build_adamw
 from eulerforge.optim.schedules import learning_rate
 from eulerforge.preflight import Preflight
@@ -102,7 +100,7 @@ def pretrain(flight: Preflight, launch: LaunchDecisions, console: Console) -> Pa
     setup = _set_up(flight, launch, console)
     run = RunDirectory.create(flight.preset.output_dir, datetime.now())
     state = TrainState()
-    with _recorded(run, state, console):
+    with run.recorded(state):
         run.write_config(_config_snapshot(setup))
         _announce(setup, run)
         with contextlib.closing(_make_tracker(setup, run)) as tracker:
@@ -126,23 +124,6 @@ def _set_up(flight: Preflight, launch: LaunchDecisions, console: Console) -> Set
     return Setup(flight, launch, context, tokenizer, model, cache, rows, accumulation, console)
 
 
-@contextlib.contextmanager
-def _recorded(run: RunDirectory, state: TrainState, console: Console) -> Iterator[None]:
-    """Keep status.json true, whatever happens inside."""
-    run.write_status("running", 0)
-    try:
-        yield
-    except KeyboardInterrupt:
-        run.write_status("failed", state.step, "interrupted")
-        console.say(f"Interrupted after step {state.step}. Run directory: {shown_path(run.path)}")
-        raise
-    except BaseException as error:
-        reason = str(error) if isinstance(error, EulerForgeError) else traceback.format_exception_only(error)[-1]
-        run.write_status("failed", state.step, reason.strip())
-        raise
-    run.write_status("finished", state.step)
-
-
 def _load_model(flight: Preflight, tokenizer: Tokenizer, console: Console) -> Any:
     """Build the model, give it the tokenizer's vocabulary and special tokens."""
     console.say(f"Loading model from {flight.directory.path}")
@@ -159,30 +140,9 @@ def _load_model(flight: Preflight, tokenizer: Tokenizer, console: Console) -> An
             f"Resizing model embeddings to {tokenizer.vocab_size}."
         )
         grow_vocabulary(model, tokenizer.vocab_size)
-    _use_token_ids(model, flight, tokenizer, console)
+    for warning in adopt_special_ids(model, tokenizer, flight.directory):
+        console.warn(warning)
     return model
-
-
-def _use_token_ids(model: Any, flight: Preflight, tokenizer: Tokenizer, console: Console) -> None:
-    """Put the tokenizer's special ids into config and generation config, so that `final/` stops where it should."""
-    path = flight.directory.path / "generation_config.json"
-    if path.is_file() and model.can_generate():
-        try:
-            model.generation_config = transformers.GenerationConfig.from_pretrained(flight.directory.path)
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"{path}: cannot be read: {reason_of(error)}", "correct or remove generation_config.json"
-            ) from error
-    targets = [model.config] + ([model.generation_config] if model.can_generate() else [])
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        used = getattr(tokenizer.backend, name)
-        stored = getattr(model.config, name, None)
-        if used is None:
-            continue
-        if name == "eos_token_id" and stored is not None and stored != used:
-            console.warn(f"config.json says {name} {stored}, the tokenizer says {used}: using the tokenizer's.")
-        for target in targets:
-            setattr(target, name, used)
 
 
 def _load_tokens(flight: Preflight, tokenizer: Tokenizer, console: Console) -> TokenCache:

@@ -86,31 +86,21 @@ def to_amp(value: Any) -> Any:
 
 def to_count_or(word: str) -> Callable[[Any], Any]:
     """A validator for a whole number of at least 1, or one word."""
-
-    def check(value: Any) -> Any:
-        if value == word:
-            return value
-        try:
-            count = to_int(value)
-        except ValueError:
-            count = 0
-        if count < 1:
-            raise ValueError(f"must be {word} or a whole number of at least 1, not {describe(value)}")
-        return count
-
-    return check
+    return lambda value: word if value == word else _to_count(value, word)
 
 
 def to_checkpointing(value: Any) -> Any:
     """false, true, or every how many blocks."""
-    if isinstance(value, bool):
-        return value
+    return value if isinstance(value, bool) else _to_count(value, "false, true")
+
+
+def _to_count(value: Any, otherwise: str) -> int:
     try:
         count = to_int(value)
     except ValueError:
         count = 0
     if count < 1:
-        raise ValueError(f"must be false, true or a whole number of at least 1, not {describe(value)}")
+        raise ValueError(f"must be {otherwise} or a whole number of at least 1, not {describe(value)}")
     return count
 
 

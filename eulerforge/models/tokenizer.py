@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eulerforge.errors import TokenizerError, reason_of
-from eulerforge.models.directory import TOKENIZER_FILES
+from eulerforge.errors import ModelError, TokenizerError, reason_of
+from eulerforge.models.directory import TOKENIZER_FILES, ModelDirectory
 
 
 class Tokenizer:
@@ -106,6 +106,37 @@ def load_tokenizer(name: str, trust_remote_code: bool, add_bos: bool, add_eos: b
     _require_token(tokenizer, "eos", add_eos)
     _require_token(tokenizer, "bos", add_bos)
     return tokenizer
+
+
+def adopt_special_ids(model: Any, tokenizer: Tokenizer, directory: ModelDirectory) -> list[str]:
+    """Put the tokenizer's special ids into config and generation config, so that `final/` stops where it should.
+
+    Returns:
+        warnings: where config.json named another end of text.
+
+    Raises:
+        ModelError: the directory's generation_config.json cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    path = directory.path / "generation_config.json"
+    if path.is_file() and model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory.path)
+        except (OSError, ValueError, TypeError) as error:
+            advice = "correct or remove generation_config.json"
+            raise ModelError(f"{path}: cannot be read: {reason_of(error)}", advice) from error
+    warnings = []
+    stored = getattr(model.config, "eos_token_id", None)
+    if tokenizer.eos_id is not None and stored not in (None, tokenizer.eos_id):
+        used = tokenizer.eos_id
+        warnings.append(f"config.json says eos_token_id {stored}, the tokenizer says {used}: using the tokenizer's.")
+    targets = [model.config] + ([model.generation_config] if model.can_generate() else [])
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        used = getattr(tokenizer.backend, name)
+        for target in targets if used is not None else ():
+            setattr(target, name, used)
+    return warnings
 
 
 def _described(name: str) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any, Literal
 
 from eulerforge.config.paths import expand_path, require_writable
-from eulerforge.errors import OutputError
+from eulerforge.errors import EulerForgeError, OutputError
 from eulerforge.files import write_json
+from eulerforge.train.state import TrainState
 
 Status = Literal["running", "finished", "failed"]
 
@@ -77,3 +80,15 @@ class RunDirectory:
     def write_status(self, status: Status, step: int, reason: str = "") -> None:
         """status.json: what a batch script needs to know."""
         write_json(self.path / "status.json", {"status": status, "step": step, "reason": reason})
+
+    @contextlib.contextmanager
+    def recorded(self, state: TrainState) -> Iterator[None]:
+        """Keep status.json true, whatever happens inside."""
+        self.write_status("running", state.step)
+        try:
+            yield
+        except BaseException as error:
+            reason = str(error) if isinstance(error, EulerForgeError) else "".join(format_exception_only(error))
+            self.write_status("failed", state.step, reason.strip())
+            raise
+        self.write_status("finished", state.step)
