@@ -6,22 +6,33 @@ argv -> preset -> preflight -> launch plan -> worker
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
+
 from eulerforge import __version__, quickstart
+from eulerforge.config.checks import check_replicas, grad_accum_steps
 from eulerforge.config.load import load_preset
 from eulerforge.config.schema import json_schema
-from eulerforge.errors import EulerForgeError, UsageError
+from eulerforge.errors import EulerForgeError, PeerFailedError, StoppedError, UsageError
 from eulerforge.files import shown_path
 from eulerforge.metrics.console import Console
 from eulerforge.preflight import Preflight, inspect
+from launch import torchrun
+from launch.devices import LaunchError, visible_gpus
+from launch.outcome import worker_status, write_outcome
+from launch.plan import TORCHRUN_VARIABLES, LaunchPlan, LaunchRequest, resolve_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,14 +50,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        code: int = arguments.run(arguments)
     except EulerForgeError as error:
-        print(error.render(), file=sys.stderr)
-        return error.exit_code
+        return _fail(error.exit_code, error.render(), secondary=isinstance(error, StoppedError | PeerFailedError))
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 1
-    return 0
+        return _fail(1, "Interrupted.", secondary=True)
+    except Exception as error:
+        if not _is_worker():
+            raise
+        return _fail(1, traceback.format_exc(), secondary=bool(_COMMUNICATION.search(repr(error))))
+    if _is_worker():
+        write_outcome(code, "", secondary=False)
+    return code
+
+
+_COMMUNICATION = re.compile(r"Dist\w*Error|gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|timed out", re.I)
+"""Errors that a rank meets because another one is gone; the launcher shows them only if nothing better is known."""
+
+
+def _fail(code: int, message: str, *, secondary: bool) -> int:
+    """Report an error once: to the launcher if it started this process, else on stderr."""
+    if not _is_worker():
+        print(message, file=sys.stderr)
+        return code
+    if not write_outcome(code, message, secondary=secondary):
+        rank = os.environ["RANK"]
+        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Leave hard: handlers that run at exit, and collectives in them, could wait for ranks that are gone.
+    os._exit(worker_status(code))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--validate-only", action="store_true", help="check preset, model directory, tokenizer and data, then stop"
     )
+    pretrain.add_argument(
+        "--dry-run", action="store_true", help="print launch plan, resolved preset and torchrun line, then stop"
+    )
+    processes = pretrain.add_argument_group("processes")
+    processes.add_argument(
+        "--nproc", type=int, metavar="N", help="processes on this machine (default: as the device)"
+    )
+    processes.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    processes.add_argument("--node-rank", type=int, metavar="R", help="number of this machine, from 0")
+    processes.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where machines meet: on the one with rank 0")
     pretrain.set_defaults(run=_pretrain)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of a pretrain preset")
@@ -91,14 +134,81 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pretrain(arguments: argparse.Namespace) -> None:
-    console = Console("Pretrain")
-    flight = inspect(load_preset(arguments.preset, _overrides(arguments)))
+def _pretrain(arguments: argparse.Namespace) -> int:
+    console = _console()
+    loaded = load_preset(arguments.preset, _overrides(arguments))
+    flight = inspect(loaded, owns_output=_is_main())
     if arguments.validate_only:
         _announce(flight, console)
         console.say(f"Device: {flight.preset.device}")
-    else:
-        _train(flight, console)
+        return 0
+    plan = _plan(flight, arguments)
+    if arguments.dry_run:
+        _describe(plan, flight, arguments)
+        return 0
+    if plan.mode == "torchrun":
+        for line in (*map("Warning: {}".format, plan.warnings), *plan.reasons):
+            console.say(line)
+        with _launch_errors():
+            return torchrun.run(plan, _worker_arguments(arguments))
+    _train(flight, plan, console)
+    return 0
+
+
+def _is_worker() -> bool:
+    """Whether torchrun started this process."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
+
+
+def _is_main() -> bool:
+    return not _is_worker() or os.environ["RANK"] == "0"
+
+
+def _console() -> Console:
+    return Console("Pretrain", enabled=_is_main())
+
+
+def _plan(flight: Preflight, arguments: argparse.Namespace) -> LaunchPlan:
+    """Where and with how many processes; the batch must divide by them."""
+    preset = flight.preset
+    nproc = preset.distributed.nproc_per_node
+    request = LaunchRequest(
+        preset.device,
+        nproc=arguments.nproc if arguments.nproc is not None else None if nproc == "auto" else nproc,
+        nnodes=arguments.nnodes,
+        node_rank=arguments.node_rank,
+        rdzv_endpoint=arguments.rdzv_endpoint,
+    )
+    with _launch_errors():
+        plan = resolve_plan(request, () if preset.device == "cpu" else visible_gpus(), os.environ)
+    grad_accum_steps(preset, plan.world_size)
+    check_replicas(preset, plan.world_size)
+    return plan
+
+
+@contextlib.contextmanager
+def _launch_errors() -> Iterator[None]:
+    try:
+        yield
+    except LaunchError as error:
+        raise UsageError(str(error), error.fix, see="docs/distributed.md") from None
+
+
+def _worker_arguments(arguments: argparse.Namespace) -> list[str]:
+    """The command line of a worker: this one, without what only the launcher needs."""
+    overrides = [part for override in _overrides(arguments) for part in ("--set", override)]
+    return ["pretrain", "--preset", str(arguments.preset), *overrides]
+
+
+def _describe(plan: LaunchPlan, flight: Preflight, arguments: argparse.Namespace) -> None:
+    """What --dry-run prints."""
+    for line in (*map("Warning: {}".format, plan.warnings), *plan.reasons, f"precision: {flight.precision.reason}"):
+        print(line)
+    print("\nResolved preset:")
+    print(yaml.safe_dump(flight.preset.model_dump(mode="json"), sort_keys=False), end="")
+    print("\nCommand:")
+    worker = _worker_arguments(arguments)
+    print(torchrun.shown_command(plan, worker) if plan.mode == "torchrun" else shlex.join(["eulerforge", *worker]))
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -119,36 +229,33 @@ def _announce(flight: Preflight, console: Console) -> None:
         console.warn(warning)
 
 
-def _train(flight: Preflight, console: Console) -> Path:
+def _train(flight: Preflight, plan: LaunchPlan, console: Console) -> Path:
     _announce(flight, console)
-    from launch.devices import LaunchError, visible_gpus
-    from launch.plan import resolve_plan
-
-    device = flight.preset.device
-    try:
-        plan = resolve_plan(device, () if device == "cpu" else visible_gpus(), os.environ)
-    except LaunchError as error:
-        raise UsageError(str(error), error.fix, see="docs/preset.md") from None
-    for warning in plan.device.warnings:
+    for warning in plan.warnings:
         console.warn(warning)
-    console.say(f"Device: {plan.device.shown}")
+    console.say(f"Device: {plan.shown}")
 
     from eulerforge.worker import LaunchDecisions, pretrain
 
-    return pretrain(flight, LaunchDecisions(plan.device.device, plan.reasons), console)
+    return pretrain(flight, LaunchDecisions(plan.device, plan.reasons), console)
 
 
-def _schema(arguments: argparse.Namespace) -> None:
+def _schema(arguments: argparse.Namespace) -> int:
     print(json.dumps(json_schema(), indent=2))
+    return 0
 
 
-def _quickstart(arguments: argparse.Namespace) -> None:
+def _quickstart(arguments: argparse.Namespace) -> int:
     console = Console("Quickstart")
     presets = quickstart.shipped_presets()
     overrides = [f"model_dir={json.dumps(str(presets / 'models' / 'tiny_hybrid'))}", *_overrides(arguments)]
     loaded = load_preset(presets / "pretrain" / "quickstart.yml", overrides)
     quickstart.prepare(Path(str(loaded.preset.data.path)), Path(str(loaded.preset.tokenizer)), console.say)
-    run = _train(inspect(loaded), Console("Pretrain"))
+    flight = inspect(loaded)
+    device = flight.preset.device
+    with _launch_errors():
+        plan = resolve_plan(LaunchRequest(device, nproc=1), () if device == "cpu" else visible_gpus(), os.environ)
+    run = _train(flight, plan, _console())
     # A new process shows that final/ needs nothing of this one.
     sample = subprocess.run(
         [sys.executable, "-m", "eulerforge.quickstart", str(run / "final")],
@@ -160,6 +267,7 @@ def _quickstart(arguments: argparse.Namespace) -> None:
     for line in sample.stdout.splitlines():
         console.say(f"  {line}")
     console.say(f"Curves: {shown_path(Path(sys.executable).parent / 'tensorboard')} --logdir {shown_path(run)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -114,6 +114,18 @@ class OutputError(InputError):
     default_see = "docs/output.md"
 
 
+class StoppedError(EulerForgeError):
+    """The run was asked to stop while it was being set up."""
+
+    default_see = "docs/training.md"
+
+
+class PeerFailedError(EulerForgeError):
+    """Another process of the run failed; its own message says why."""
+
+    default_see = "docs/distributed.md"
+
+
 class TrainingError(EulerForgeError):
     """The run cannot go on, for example because the loss is not finite. Checkpoints written so far are kept."""
 

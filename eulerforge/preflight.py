@@ -51,8 +51,12 @@ class Preflight:
     precision: PrecisionPlan
 
 
-def inspect(loaded: LoadedPreset) -> Preflight:
+def inspect(loaded: LoadedPreset, owns_output: bool = True) -> Preflight:
     """Check a preset against what it names.
+
+    Args:
+        owns_output: whether this process makes the run directory. Another rank may come to look at it when rank 0
+            has begun to fill it.
 
     Raises:
         InputError: with every problem found.
@@ -63,7 +67,8 @@ def inspect(loaded: LoadedPreset) -> Preflight:
     files = attempts.run(lambda: resolve_files(str(preset.data.path)))
     if files:
         attempts.run(lambda: _peek(files, preset))
-    attempts.run(lambda: check_output_dir(preset.output_dir))
+    if owns_output:
+        attempts.run(lambda: check_output_dir(preset.output_dir))
     cache_dir = attempts.run(lambda: _check_cache_dir(preset.data.cache_dir))
     if directory is None:
         raise attempts.error()

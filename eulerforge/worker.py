@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
@@ -29,22 +28,25 @@ from eulerforge.config.checks import grad_accum_steps
 from eulerforge.config.schema import TrainingSection
 from eulerforge.data.cache import CacheSpec, TokenCache, open_or_build
 from eulerforge.data.rows import DocumentRows, PackedRows, StepBatches, require_rows
-from eulerforge.distributed.context import ProcessContext, single_process
+from eulerforge.distributed.context import ProcessContext, start_processes, stop_processes
+from eulerforge.distributed.parallelize import ParallelModel
+from eulerforge.errors import TrainingError
 from eulerforge.files import publish_directory, shown_path
 from eulerforge.metrics.console import Console
-from eulerforge.metrics.meters import binary_size
 from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker
-from eulerforge.models.build import build_model, embedding_rows, grow_vocabulary
+from eulerforge.models.build import embedding_rows
 from eulerforge.models.forward import CausalForward
-from eulerforge.models.stats import count_parameters, state_bytes
 from eulerforge.models.tokenizer import Tokenizer, adopt_special_ids, load_tokenizer
 from eulerforge.optim.optimizer import build_adamw
 from eulerforge.optim.schedules import learning_rate
 from eulerforge.preflight import Preflight
-from eulerforge.train.export import write_model_directory
+from eulerforge.train.export import gather_state, write_model_directory
+from eulerforge.train.load import load_model
 from eulerforge.train.loop import LoopParts, fit
-from eulerforge.train.run_directory import RunDirectory
+from eulerforge.train.run_directory import NullRunDirectory, RunDirectory
+from eulerforge.train.signals import StopWatch
 from eulerforge.train.state import TrainState
+from eulerforge.train.step import StepParts
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Setup:
     context: ProcessContext
     tokenizer: Tokenizer
     model: Any
+    parallel: ParallelModel
     cache: TokenCache
     rows: PackedRows | DocumentRows
     accumulation: int
@@ -95,54 +98,51 @@ def pretrain(flight: Preflight, launch: LaunchDecisions, console: Console) -> Pa
     Raises:
         InputError: model, tokenizer or data turn out to be wrong while loading; nothing has been written.
         TrainingError: the run could not go on; status.json says why.
+        StoppedError: a signal came while the run was being set up.
     """
     transformers.utils.logging.disable_progress_bar()
-    setup = _set_up(flight, launch, console)
-    run = RunDirectory.create(flight.preset.output_dir, datetime.now())
-    state = TrainState()
-    with run.recorded(state):
-        run.write_config(_config_snapshot(setup))
-        _announce(setup, run)
-        with contextlib.closing(_make_tracker(setup, run)) as tracker:
-            meter = fit(_loop_parts(setup, run, tracker), state)
-        _save(setup, run.final)
-        done = f"Training complete. {state.step} steps in {meter.elapsed:.1f}s."
-        console.say(f"{done} Final model saved to {shown_path(run.final)}")
+    with StopWatch().listening() as watch:
+        setup = _set_up(flight, launch, console)
+        context = setup.context
+        path = context.broadcast(lambda: RunDirectory.create(flight.preset.output_dir, datetime.now()).path)
+        run = RunDirectory(path) if context.is_main else NullRunDirectory(path)
+        state = TrainState()
+        with run.recorded(state):
+            run.write_config(_config_snapshot(setup))
+            _announce(setup, run)
+            watch.defer()
+            with contextlib.closing(_make_tracker(setup, run)) as tracker:
+                meter = fit(_loop_parts(setup, run, tracker, watch), state)
+            if state.stopped:
+                raise TrainingError(
+                    f"stopped by a signal ({watch.received or 'on another rank'}) after step {state.step}",
+                    "start the run again in a new output_dir; resuming is not available in this version",
+                )
+            _save(setup, run.final)
+            done = f"Training complete. {state.step} steps in {meter.elapsed:.1f}s."
+            console.say(f"{done} Final model saved to {shown_path(run.final)}")
+        stop_processes(context)
     return run.path
 
 
 def _set_up(flight: Preflight, launch: LaunchDecisions, console: Console) -> Setup:
     """Load everything; the last place where the input can turn out to be wrong."""
     preset = flight.preset
-    context = single_process(launch.device)
-    tokenizer = load_tokenizer(flight.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos)
-    model = _load_model(flight, tokenizer, console)
-    cache = _load_tokens(flight, tokenizer, console)
-    rows = _make_rows(flight, cache, console)
-    model.to(context.device).train()
-    accumulation = grad_accum_steps(preset, context.world_size)
-    return Setup(flight, launch, context, tokenizer, model, cache, rows, accumulation, console)
-
-
-def _load_model(flight: Preflight, tokenizer: Tokenizer, console: Console) -> Any:
-    """Build the model, give it the tokenizer's vocabulary and special tokens."""
-    console.say(f"Loading model from {flight.directory.path}")
-    built = build_model(flight.directory, flight.preset.trust_remote_code, flight.preset.training.seed)
-    model = built.model
-    total, trainable = count_parameters(model)
-    dtype = next(model.parameters()).dtype
-    console.say(f"Model loaded: {total:,} params, {trainable:,} trainable, dtype={dtype} ({built.origin})")
-    console.say(f"Tokenizer: {flight.preset.tokenizer or tokenizer.name} (vocab={tokenizer.vocab_size})")
-    rows = embedding_rows(model)
-    if tokenizer.vocab_size > rows:
-        console.say(
-            f"Tokenizer vocab ({tokenizer.vocab_size}) > model vocab ({rows}). "
-            f"Resizing model embeddings to {tokenizer.vocab_size}."
+    context = start_processes(launch.device, preset.distributed.timeout_seconds)
+    with context.local_main_first("tokenizer"):
+        tokenizer = load_tokenizer(
+            flight.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos
         )
-        grow_vocabulary(model, tokenizer.vocab_size)
+    console.say(f"Loading model from {flight.directory.path}")
+    model, parallel = load_model(flight.directory, flight.precision, preset, tokenizer, context, console)
     for warning in adopt_special_ids(model, tokenizer, flight.directory):
         console.warn(warning)
-    return model
+    with context.local_main_first("tokens"):
+        cache = _load_tokens(flight, tokenizer, console)
+    rows = _make_rows(flight, cache, console)
+    model.train()
+    accumulation = grad_accum_steps(preset, context.world_size)
+    return Setup(flight, launch, context, tokenizer, model, parallel, cache, rows, accumulation, console)
 
 
 def _load_tokens(flight: Preflight, tokenizer: Tokenizer, console: Console) -> TokenCache:
@@ -188,31 +188,20 @@ def _announce(setup: Setup, run: RunDirectory) -> None:
     """The last lines before the first step: what will be trained, how, and where it goes."""
     training, context, say = setup.training, setup.context, setup.console.say
     say(f"Run directory: {shown_path(run.path)}")
-    shape = f"{training.batch_size} rows x {setup.accumulation} micro-batches x {context.world_size} process"
+    processes = "process" if context.world_size == 1 else "processes"
+    shape = f"{training.batch_size} rows x {setup.accumulation} micro-batches x {context.world_size} {processes}"
     rows = setup.rows_per_step
     say(f"Global batch: {shape} = {rows} rows, up to {rows * setup.rows.max_length:,} tokens per step")
-    state = state_bytes(setup.model)
-    say(f"Memory for parameters, gradients and AdamW: {binary_size(state)} (activations come on top)")
-    available = _available_memory(context.device)
-    if state > available:
-        setup.console.warn(f"that is more than the {binary_size(available)} that {context.device} has free.")
     say(
         f"Starting training: max_steps={training.max_steps}, batch_size={training.batch_size}, "
         f"grad_accum={setup.accumulation}, lr={training.lr}, warmup={training.warmup_steps}"
     )
 
 
-def _available_memory(device: torch.device) -> int:
-    """Free bytes, counting the parameters that are there already as used."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def _loop_parts(setup: Setup, run: RunDirectory, tracker: Tracker) -> LoopParts:
+def _loop_parts(setup: Setup, run: RunDirectory, tracker: Tracker, watch: StopWatch) -> LoopParts:
     training, context = setup.training, setup.context
-    # This seeds dropout, independent of how much randomness building the model has used.
-    torch.manual_seed(training.seed)
+    # This seeds dropout, another on each rank, independent of how much randomness building the model has used.
+    torch.manual_seed(training.seed + context.rank)
     optimizer = build_adamw(
         setup.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
     )
@@ -226,8 +215,15 @@ def _loop_parts(setup: Setup, run: RunDirectory, tracker: Tracker) -> LoopParts:
         pad_id=setup.tokenizer.pad_id,
     )
     return LoopParts(
-        forward=CausalForward(setup.model),
-        optimizer=optimizer,
+        step=StepParts(
+            context=context,
+            forward=CausalForward(setup.model, setup.parallel.call),
+            optimizer=optimizer,
+            precision=_precision_context(setup),
+            synchronise=setup.parallel.synchronise,
+            max_grad_norm=training.max_grad_norm,
+            stop_requested=lambda: watch.received is not None,
+        ),
         batches=lambda step: [batch.to(context.device) for batch in batches.of_step(step)],
         learning_rate=partial(
             learning_rate,
@@ -237,12 +233,10 @@ def _loop_parts(setup: Setup, run: RunDirectory, tracker: Tracker) -> LoopParts:
             max_steps=training.max_steps,
             min_lr_ratio=training.min_lr_ratio,
         ),
-        precision=_precision_context(setup),
         tracker=tracker,
         save=partial(_save_checkpoint, setup, run),
         on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(setup.model), console=setup.console),
         max_steps=training.max_steps,
-        max_grad_norm=training.max_grad_norm,
         log_steps=training.log_steps,
         save_steps=training.save_steps,
         rows_per_step=setup.rows_per_step,
@@ -265,6 +259,8 @@ def _judge_first_loss(loss: float, vocabulary: int, console: Console) -> None:
 
 
 def _make_tracker(setup: Setup, run: RunDirectory) -> CompositeTracker:
+    if not setup.context.is_main:
+        return CompositeTracker([])
     console = ConsoleTracker(setup.console, setup.training.max_steps)
     return CompositeTracker([JsonlTracker(run.metrics), TensorBoardTracker(run.tensorboard), console])
 
@@ -275,10 +271,16 @@ def _save_checkpoint(setup: Setup, run: RunDirectory, step: int) -> None:
 
 
 def _save(setup: Setup, target: Path) -> None:
-    """Write a Hugging Face directory that is either complete or not there."""
+    """Write a Hugging Face directory, complete or not at all; rank 0 writes, all ranks give their shards.
+
+    The others do not wait in a collective while rank 0 is busy with the disk.
+    """
     dtype = getattr(torch, setup.flight.precision.saved)
-    with publish_directory(target) as temporary:
-        write_model_directory(temporary, setup.model, setup.tokenizer, setup.flight.directory, dtype)
+    state = gather_state(setup.model, dtype, keep=setup.context.is_main)
+    with setup.context.main_first(f"save {target.name}"):
+        if setup.context.is_main:
+            with publish_directory(target) as temporary:
+                write_model_directory(temporary, setup.model, state, setup.tokenizer, setup.flight.directory, dtype)
 
 
 def _config_snapshot(setup: Setup) -> dict[str, Any]:
@@ -295,7 +297,12 @@ def _config_snapshot(setup: Setup) -> dict[str, Any]:
         "grad_accum_steps": setup.accumulation,
         "device": setup.launch.device,
         "precision": asdict(flight.precision),
-        "decisions": [*setup.launch.reasons, f"precision: {flight.precision.reason}"],
+        "strategy": setup.parallel.strategy,
+        "decisions": [
+            *setup.launch.reasons,
+            f"strategy {setup.parallel.strategy}: {setup.parallel.reason}",
+            f"precision: {flight.precision.reason}",
+        ],
         "model_hints": [asdict(hint) for hint in flight.hints],
         "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "data": {

@@ -20,7 +20,7 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """A resolved device.
+    """A resolved device of one process.
 
     Attributes:
         device: `cpu` or `cuda:N`.
@@ -44,8 +44,13 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
+def listed(gpus: Sequence[str]) -> str:
+    """`cuda:0 (A100), cuda:1 (H100)`."""
+    return ", ".join(f"cuda:{number} ({name})" for number, name in enumerate(gpus))
+
+
 def choose_device(request: str, gpus: Sequence[str]) -> DeviceChoice:
-    """Resolve the preset's `device`.
+    """Resolve the preset's `device` for one process. `cuda` is the first GPU.
 
     Args:
         request: `cuda`, `cuda:N` or `cpu`.
@@ -60,12 +65,10 @@ def choose_device(request: str, gpus: Sequence[str]) -> DeviceChoice:
         warning = f"device: {request} asked for, but no GPU is visible. Training on CPU."
         return DeviceChoice("cpu", "cpu", "no GPU visible", (warning,))
     if request == "cuda":
-        warnings: tuple[str, ...] = ()
-        if len(gpus) > 1:
-            warnings = (f"{len(gpus)} GPUs are visible; this version trains on one: using cuda:0.",)
-        return DeviceChoice("cuda:0", "cuda", f"cuda:0 ({gpus[0]})", warnings)
+        return DeviceChoice("cuda:0", "cuda", f"cuda:0 ({gpus[0]})")
     index = int(request.removeprefix("cuda:"))
     if index >= len(gpus):
-        listed = ", ".join(f"cuda:{number} ({name})" for number, name in enumerate(gpus))
-        raise LaunchError(f"device: {request} is not visible; visible are {listed}", "choose one of those, or cpu")
+        raise LaunchError(
+            f"device: {request} is not visible; visible are {listed(gpus)}", "choose one of those, or cpu"
+        )
     return DeviceChoice(f"cuda:{index}", f"cuda:{index}", f"device: {request} ({gpus[index]})")

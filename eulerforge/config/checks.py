@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from eulerforge.config.schema import PretrainPreset
+from eulerforge.errors import PresetError
 
 Finding = tuple[str, str, str]
 """(dotted key, what is wrong, how to fix it)"""
@@ -28,19 +29,46 @@ def cross_field_problems(preset: PretrainPreset) -> Iterator[Finding]:
             f"{training.global_batch_size} is not a multiple of training.batch_size {training.batch_size}",
             "choose a multiple",
         )
+    if preset.distributed.replicate > 1 and preset.distributed.strategy != "fsdp":
+        yield "distributed.replicate", "replicas of shards need the fsdp strategy", "set distributed.strategy: fsdp"
 
 
 def grad_accum_steps(preset: PretrainPreset, world_size: int) -> int:
-    """Micro-batches per step and process: given, or what global_batch_size needs at this world size."""
+    """Micro-batches per step and process: given, or what global_batch_size needs at this world size.
+
+    Raises:
+        PresetError: the global batch cannot be split evenly.
+    """
     training = preset.training
     if training.global_batch_size is None:
         return training.grad_accum_steps
-    return training.global_batch_size // (training.batch_size * world_size)
+    rows = training.batch_size * world_size
+    if training.global_batch_size % rows:
+        raise PresetError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of batch_size x processes = "
+            f"{training.batch_size} x {world_size} = {rows}",
+            "choose a multiple, or another training.batch_size",
+        )
+    return training.global_batch_size // rows
+
+
+def check_replicas(preset: PretrainPreset, world_size: int) -> None:
+    """Refuse replicas that do not divide the processes.
+
+    Raises:
+        PresetError: with both numbers.
+    """
+    replicate = preset.distributed.replicate
+    if world_size % replicate:
+        raise PresetError(
+            f"distributed.replicate {replicate} does not divide the {world_size} processes of this run",
+            "choose a divisor of the world size",
+        )
 
 
 def unavailable_problems(preset: PretrainPreset) -> Iterator[Finding]:
     """Values whose machinery is not built yet. Accepting and ignoring them would be a silent fallback."""
-    data, training, distributed = preset.data, preset.training, preset.distributed
+    data, training = preset.data, preset.training
     if not isinstance(data.path, str):
         yield (
             "data.path",
@@ -76,7 +104,3 @@ def unavailable_problems(preset: PretrainPreset) -> Iterator[Finding]:
             "stochastic rounding is not available in this version",
             "leave amp unset (float32 master weights, bfloat16 compute)",
         )
-    if distributed.strategy != "auto":
-        yield "distributed.strategy", "this version runs one process, which needs none", "set it to auto"
-    if distributed.nproc_per_node not in ("auto", 1):
-        yield "distributed.nproc_per_node", "this version runs one process", "set it to auto or 1"

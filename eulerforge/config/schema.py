@@ -118,10 +118,18 @@ class DistributedSection(Section):
     """How several processes share the work."""
 
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
-        "auto", description="One process needs none. ddp and fsdp are not available in this version."
+        "auto",
+        description="ddp: whole model on each process; fsdp: sharded. auto: ddp when the model's state fits "
+        "comfortably in a device's memory, else fsdp. One process needs none.",
     )
     nproc_per_node: Annotated[Literal["auto"] | int, BeforeValidator(to_count_or("auto"))] = Field(
-        "auto", description="Processes per machine. This version runs one."
+        "auto", description="Processes per machine. auto: one per visible GPU with device cuda, else one."
+    )
+    replicate: PositiveInt = Field(
+        1, description="fsdp: replicas of the model, each sharded over world size / replicate processes (HSDP)."
+    )
+    timeout_seconds: PositiveFloat = Field(
+        1800.0, description="After this long a collective that some process does not join ends the run."
     )
 
 

@@ -40,8 +40,10 @@ class BuiltModel:
     origin: str
 
 
-def build_model(directory: ModelDirectory, trust_remote_code: bool, seed: int) -> BuiltModel:
-    """Build the model and load its weights, if the directory has any.
+def build_model(
+    directory: ModelDirectory, trust_remote_code: bool, seed: int, with_weights: bool = True
+) -> BuiltModel:
+    """Build the model and load its weights, if the directory has any (and they are wanted).
 
     The same seed gives the same initial weights, bit for bit, on one machine.
 
@@ -60,7 +62,7 @@ def build_model(directory: ModelDirectory, trust_remote_code: bool, seed: int) -
             # A model may create single tensors in another dtype; masters are float32 throughout.
             parameter.data = parameter.data.float()
     origin = f"initialised from seed {seed}"
-    if directory.weights is not None:
+    if directory.weights is not None and with_weights:
         _load_weights(model, directory, trust_remote_code)
         origin = directory.weights.name
     model.tie_weights()
@@ -190,6 +192,8 @@ def grow_vocabulary(model: Any, rows: int) -> None:
     Raises:
         ModelError: the model does not expose embeddings that can grow.
     """
+    if rows <= embedding_rows(model):
+        return
     advice = (
         f"implement get_input_embeddings/set_input_embeddings (and the output pair) in the model, "
         f"or build it with vocab_size {rows}"

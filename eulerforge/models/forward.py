@@ -25,10 +25,12 @@ class CausalForward:
 
     Args:
         model: a causal LM whose output has `logits` (or is a tuple that starts with them).
+        call: what to call instead of the model itself, for a model wrapped by a parallel strategy.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, call: Any = None) -> None:
         self._model = model
+        self._call = model if call is None else call
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_mask = "attention_mask" in accepted
@@ -66,7 +68,7 @@ class CausalForward:
             options["position_ids"] = torch.arange(length, device=input_ids.device).expand_as(input_ids)
         if self._takes_mask and attention_mask is not None:
             options["attention_mask"] = attention_mask
-        output = self._model(input_ids=input_ids, **options)
+        output = self._call(input_ids=input_ids, **options)
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != input_ids.shape:
             shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def build_adamw(
@@ -44,6 +45,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        # Sharded gradients give a sharded norm; on torch 2.9 its local value would be one shard's alone.
+        norm = norm.full_tensor()
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
     return norm

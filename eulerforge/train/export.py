@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from eulerforge.distributed.parallelize import full_tensor
 from eulerforge.files import write_json
 from eulerforge.models.directory import ModelDirectory
 from eulerforge.models.tokenizer import Tokenizer
@@ -27,21 +28,27 @@ LOADER_MODULE = "modeling_eulerforge"
 
 
 def write_model_directory(
-    target: Path, model: Any, tokenizer: Tokenizer, source: ModelDirectory, dtype: torch.dtype
+    target: Path,
+    model: Any,
+    state: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    source: ModelDirectory,
+    dtype: torch.dtype,
 ) -> None:
     """Write weights, config, tokenizer and code into an existing directory.
 
     Args:
-        model: the transformers model; its floating-point weights are saved as `dtype`.
+        state: the weights as `gather_state` gives them, in `dtype`.
         source: the model directory that was trained, for its code and `auto_map`.
     """
-    model.save_pretrained(target, state_dict=_state_dict(model, dtype))
+    model.save_pretrained(target, state_dict=state)
     tokenizer.backend.save_pretrained(target)
     for name in source.code:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / name, target / name)
     config = json.loads((target / "config.json").read_bytes())
     config["dtype"] = str(dtype).removeprefix("torch.")
+    config["architectures"] = [type(model).__name__.removeprefix("FSDP")]  # fully_shard renames the class
     if source.auto_map:
         config["auto_map"] = dict(source.auto_map)
         reference = source.auto_map.get("AutoModelForCausalLM")
@@ -50,17 +57,25 @@ def write_model_directory(
     write_json(target / "config.json", config)
 
 
-def _state_dict(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights as saved: on CPU, floating-point parameters in `dtype`; tied weights stay one tensor."""
+def gather_state(model: Any, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
+    """Weights as saved: whole, on CPU, floating-point parameters in `dtype`; tied weights stay one tensor.
+
+    Sharded weights are gathered one after the other, so every process must call this. Where `keep` is False a tensor
+    is dropped as soon as it has been gathered, and the result is empty.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    converted: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+    converted: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        cast = name in parameters and tensor.is_floating_point()
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if key not in converted or not tensor.numel():
-            converted[key] = tensor.detach().to(device="cpu", dtype=dtype if cast else tensor.dtype)
-        state[name] = converted[key]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in converted:
+            whole = full_tensor(tensor.detach())
+            if keep:
+                cast = name in parameters and whole.is_floating_point()
+                converted[id(tensor)] = whole.to(device="cpu", dtype=dtype if cast else whole.dtype)
+            else:
+                converted[id(tensor)] = torch.empty(0)
+        if keep:
+            state[name] = converted[id(tensor)]
     return state
 
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from eulerforge.data.rows import MicroBatch
 from eulerforge.metrics.meters import SpeedMeter
 from eulerforge.metrics.trackers import StepMetrics, Tracker
-from eulerforge.models.forward import CausalForward
 from eulerforge.optim.optimizer import set_learning_rate
 from eulerforge.train.state import TrainState
-from eulerforge.train.step import train_step
+from eulerforge.train.step import StepParts, train_step
 
 
 @dataclass(frozen=True)
@@ -23,24 +18,20 @@ class LoopParts:
     """Everything that a loop needs, built by the worker.
 
     Attributes:
-        batches: micro-batches of a step (0-based), on the device.
+        batches: this rank's micro-batches of a step (0-based), on the device.
         learning_rate: of a step (1-based).
-        precision: makes the context of the forward pass.
-        rows_per_step, rows_per_epoch: for the epoch count.
+        rows_per_step, rows_per_epoch: over all ranks, for the epoch count.
         on_first_step: told the first loss, for a word on whether it looks like an untrained model's.
         save: writes a checkpoint of the current weights.
     """
 
-    forward: CausalForward
-    optimizer: torch.optim.Optimizer
+    step: StepParts
     batches: Callable[[int], Sequence[MicroBatch]]
     learning_rate: Callable[[int], float]
-    precision: Callable[[], AbstractContextManager[Any]]
     tracker: Tracker
     save: Callable[[int], None]
     on_first_step: Callable[[float], None]
     max_steps: int
-    max_grad_norm: float | None
     log_steps: int
     save_steps: int
     rows_per_step: int
@@ -48,7 +39,9 @@ class LoopParts:
 
 
 def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
-    """Train from `state.step` to `max_steps`; `state` is kept up to date, also when an exception leaves.
+    """Train from `state.step` to `max_steps`, or until a process was asked to stop (`state.stopped`).
+
+    `state` is kept up to date, also when an exception leaves.
 
     Raises:
         TrainingError: loss or gradients are not finite.
@@ -56,18 +49,10 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
     meter = SpeedMeter()
     for step in range(state.step + 1, parts.max_steps + 1):
         lr = parts.learning_rate(step)
-        set_learning_rate(parts.optimizer, lr)
-        batches = parts.batches(step - 1)
-        result = train_step(
-            step=step,
-            forward=parts.forward,
-            optimizer=parts.optimizer,
-            batches=batches,
-            precision=parts.precision,
-            max_grad_norm=parts.max_grad_norm,
-        )
-        state.advance(tokens=sum(batch.tokens for batch in batches))
-        meter.step_done(sum(batch.tokens for batch in batches))
+        set_learning_rate(parts.step.optimizer, lr)
+        result = train_step(step, parts.step, parts.batches(step - 1))
+        state.advance(result.tokens)
+        meter.step_done(result.tokens)
         if step == 1:
             parts.on_first_step(result.loss)
         metrics = StepMetrics(
@@ -89,4 +74,7 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
             parts.tracker.log(metrics)
         if last or step % parts.save_steps == 0:
             parts.save(step)
+        if result.stop and not last:
+            state.stopped = True
+            break
     return meter

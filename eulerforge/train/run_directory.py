@@ -92,3 +92,13 @@ class RunDirectory:
             self.write_status("failed", state.step, reason.strip())
             raise
         self.write_status("finished", state.step)
+
+
+class NullRunDirectory(RunDirectory):
+    """The run directory as ranks other than 0 see it: same paths, nothing written."""
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        """Rank 0 does."""
+
+    def write_status(self, status: Status, step: int, reason: str = "") -> None:
+        """Rank 0 does."""

@@ -12,10 +12,12 @@ class TrainState:
     Attributes:
         step: finished optimiser steps.
         tokens: tokens trained on (padding not counted), over all ranks.
+        stopped: the run ended early because a process was asked to stop.
     """
 
     step: int = 0
     tokens: int = 0
+    stopped: bool = False
 
     def advance(self, tokens: int) -> None:
         """One more step is done."""

@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward of all micro-batches, clip, update."""
+"""One optimiser step over all processes: forward and backward of all micro-batches, clip, update."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from eulerforge.data.rows import MicroBatch
+from eulerforge.distributed.context import ProcessContext
+from eulerforge.distributed.gradients import fill_missing_gradients
 from eulerforge.errors import TrainingError
 from eulerforge.models.forward import CausalForward
 from eulerforge.optim.optimizer import clip_gradients
@@ -18,80 +20,103 @@ from eulerforge.train.loss import next_token_loss
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global values of one step.
+    """Values of one step, the same on every process.
 
     Attributes:
-        loss: sum of target-token losses over all micro-batches, divided by their number.
-        grad_norm: before clipping.
-        aux_loss: mean over micro-batches, None without one.
-        targets: target tokens of the step.
+        loss: sum of target-token losses over all micro-batches and ranks, divided by their number.
+        grad_norm: L2 norm over all parameters, before clipping.
+        aux_loss: mean over micro-batches and ranks, None without one.
+        tokens: tokens of the step over all ranks, padding not counted.
+        stop: whether any process was asked to stop.
     """
 
     loss: float
     grad_norm: float
     aux_loss: float | None
-    targets: int
+    tokens: int
+    stop: bool
 
 
-def accumulate_gradients(
-    forward: CausalForward, batches: Sequence[MicroBatch], precision: Callable[[], AbstractContextManager[Any]]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+@dataclass(frozen=True)
+class StepParts:
+    """What a step works with.
+
+    Attributes:
+        precision: makes the context of a forward pass (autocast, or nothing).
+        synchronise: context of a micro-batch; told whether it is the step's last.
+        stop_requested: whether this process was asked to stop; agreed among all at the end of a step.
+    """
+
+    context: ProcessContext
+    forward: CausalForward
+    optimizer: torch.optim.Optimizer
+    precision: Callable[[], AbstractContextManager[Any]]
+    synchronise: Callable[[bool], AbstractContextManager[Any]]
+    max_grad_norm: float | None
+    stop_requested: Callable[[], bool]
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All trained parameters."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def accumulate_gradients(parts: StepParts, batches: Sequence[MicroBatch], targets: int) -> tuple[float, float | None]:
     """Add up the gradients of a step.
 
     Each token counts the same wherever it stands: token losses are divided by the number of targets of the whole
-    step, not of their micro-batch. The auxiliary loss is a mean over tokens already, so each micro-batch counts
-    1 / len(batches).
+    step over all ranks, not of their micro-batch. The auxiliary loss is a mean over tokens already, so each
+    micro-batch counts 1 / len(batches). Parallel strategies average gradients over ranks; the token losses are
+    multiplied by their number, so that the average is the sum that is meant (the auxiliary loss wants the average).
 
     Args:
-        precision: makes the context of the forward pass (autocast, or nothing).
+        targets: target tokens of the step over all ranks.
 
     Returns:
-        the step's loss and its mean auxiliary loss, detached scalars.
+        this rank's share of the step's loss, and its mean auxiliary loss.
     """
-    targets = sum(batch.targets for batch in batches)
-    total_loss: torch.Tensor | None = None
-    total_aux: torch.Tensor | None = None
-    for batch in batches:
-        with precision():
-            logits, aux = forward(batch.input_ids, batch.attention_mask)
-        loss = next_token_loss(logits, batch.labels) / targets
-        objective = loss
-        total_loss = loss.detach() if total_loss is None else total_loss + loss.detach()
-        if aux is not None:
-            aux = aux / len(batches)
-            objective = loss + aux
-            total_aux = aux.detach() if total_aux is None else total_aux + aux.detach()
-        objective.backward()
-    assert total_loss is not None
-    return total_loss, total_aux
+    losses: list[torch.Tensor] = []
+    aux_losses: list[torch.Tensor] = []
+    for number, batch in enumerate(batches, 1):
+        with parts.synchronise(number == len(batches)):
+            with parts.precision():
+                logits, aux = parts.forward(batch.input_ids, batch.attention_mask)
+            loss = next_token_loss(logits, batch.labels) / targets
+            objective = loss * parts.context.world_size
+            losses.append(loss.detach())
+            if aux is not None:
+                aux = aux / len(batches)
+                objective = objective + aux
+                aux_losses.append(aux.detach())
+            objective.backward()
+    own_aux = float(torch.stack(aux_losses).sum()) if aux_losses else None
+    return float(torch.stack(losses).sum()), own_aux
 
 
-def train_step(
-    *,
-    step: int,
-    forward: CausalForward,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[MicroBatch],
-    precision: Callable[[], AbstractContextManager[Any]],
-    max_grad_norm: float | None,
-) -> StepResult:
+def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> StepResult:
     """Run one step.
 
     Raises:
-        TrainingError: loss or gradient norm is not finite. Parameters are then those of the step before.
+        TrainingError: loss or gradient norm is not finite, on every rank alike. Parameters are then those of the
+            step before.
     """
-    loss, aux = accumulate_gradients(forward, batches, precision)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = clip_gradients(parameters, max_grad_norm)
+    context = parts.context
+    targets, tokens = context.sum([sum(batch.targets for batch in batches), sum(batch.tokens for batch in batches)])
+    own_loss, own_aux = accumulate_gradients(parts, batches, round(targets))
+    fill_missing_gradients(parts.parameters)
+    grad_norm = clip_gradients(parts.parameters, parts.max_grad_norm)
+    # One small reduction carries all that ranks must agree on.
+    loss, aux, stop = context.sum([own_loss, own_aux or 0.0, float(parts.stop_requested())])
     result = StepResult(
-        loss=loss.item(),
+        loss=loss,
         grad_norm=grad_norm.item(),
-        aux_loss=None if aux is None else aux.item(),
-        targets=sum(batch.targets for batch in batches),
+        aux_loss=None if own_aux is None else aux / context.world_size,
+        tokens=round(tokens),
+        stop=stop > 0,
     )
     _require_finite(step, result)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
     return result
 
 

@@ -198,7 +198,62 @@ class KitModel(PreTrainedModel):
         return CausalLMOutput(logits=logits)
 '''
 
-CODE = {"probe": _PROBE, "oracle": _ORACLE, "buffers": _BUFFERS, "routed": _ROUTED, "failing": _FAILING}
+_EXPERTS = '''
+
+class Expert(nn.Module):
+    def __init__(self, size, width):
+        super().__init__()
+        self.up = nn.Linear(size, width, bias=False)
+        self.down = nn.Linear(width, size, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Block(nn.Module):
+    """Micro-batch number p of the run (over all ranks) uses expert p % 2 and no other."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.experts = nn.ModuleList([Expert(config.hidden_size, width) for width in config.widths])
+        self.unused = nn.Linear(config.hidden_size, config.hidden_size)
+        self.calls = 0
+
+    def forward(self, x):
+        world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        number = self.calls * world + rank
+        self.calls += 1
+        return x + self.experts[number % 2](x), None
+
+
+class KitModel(PreTrainedModel):
+    """Two blocks of experts; which one runs depends on the rank. One linear per block is never used."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config) for _ in range(2)])
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x, _ = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+'''
+
+CODE = {
+    "experts": _EXPERTS,
+    "probe": _PROBE,
+    "oracle": _ORACLE,
+    "buffers": _BUFFERS,
+    "routed": _ROUTED,
+    "failing": _FAILING,
+}
 
 
 def write_custom(path: Path, kind: str, **config: Any) -> Path:

@@ -1,0 +1,216 @@
+"""How several processes share one model: the `STRATEGIES` table.
+
+| strategy | parameters on each process         | gradients                                     |
+|----------|------------------------------------|-----------------------------------------------|
+| single   | all                                | its own                                       |
+| ddp      | all (DistributedDataParallel)      | averaged after the last micro-batch           |
+| fsdp     | its shard (FSDP2 `fully_shard`)    | reduced to the shard after the last one       |
+
+ddp and fsdp average gradients over processes; `train/step.py` scales its loss so that this average is the gradient of
+the whole step's token-weighted loss. Adding a strategy is one function and one entry here; the strategy test is
+parametrised over the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from eulerforge.distributed.context import ProcessContext
+from eulerforge.distributed.gradients import anchor_parameters
+from eulerforge.models.lean import materialise, parameter_marks, restore_marks
+from eulerforge.models.units import find_wrap_units
+from eulerforge.precision.plan import PrecisionPlan
+
+COMFORTABLE = 0.6
+"""`auto` takes ddp when parameters, gradients and AdamW need at most this share of a device's free memory; the rest
+is left to activations."""
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """A model ready to be trained by several processes.
+
+    Attributes:
+        strategy: a key of `STRATEGIES`.
+        reason: why it was chosen.
+        call: the module to call in the forward pass.
+        synchronise: `synchronise(last)` is the context of a micro-batch; gradients meet only in the last one's.
+    """
+
+    strategy: str
+    reason: str
+    call: nn.Module
+    synchronise: Callable[[bool], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """What a strategy needs to know.
+
+    Attributes:
+        reason: why it was chosen, for the log.
+        replicate: fsdp only: number of replicas, each sharded over world_size / replicate processes (HSDP).
+    """
+
+    context: ProcessContext
+    precision: PrecisionPlan
+    reason: str
+    replicate: int = 1
+
+
+def choose_strategy(requested: str, world_size: int, state_bytes: int, free_bytes: int) -> tuple[str, str]:
+    """Resolve `distributed.strategy`.
+
+    Args:
+        requested: `auto`, `ddp` or `fsdp`.
+        state_bytes: parameters + gradients + optimiser of the whole model.
+        free_bytes: free memory of one process's device.
+
+    Returns:
+        a key of `STRATEGIES` and the reason, with the arithmetic where it decided.
+    """
+    if world_size == 1:
+        return "single", "one process needs no strategy"
+    if requested != "auto":
+        return requested, f"distributed.strategy: {requested}"
+    need, free = state_bytes / 2**30, free_bytes / 2**30
+    fits = state_bytes <= COMFORTABLE * free_bytes
+    arithmetic = (
+        f"auto: parameters, gradients and AdamW need {need:.2f} GiB, "
+        f"{COMFORTABLE:.0%} of the {free:.2f} GiB free per process is {COMFORTABLE * free:.2f} GiB"
+    )
+    return ("ddp", f"{arithmetic}: it fits") if fits else ("fsdp", f"{arithmetic}: it does not fit")
+
+
+def _single(model: nn.Module, options: ParallelOptions) -> ParallelModel:
+    model.to(options.context.device)
+    return ParallelModel("single", options.reason, model, lambda last: contextlib.nullcontext())
+
+
+def _ddp(model: nn.Module, options: ParallelOptions) -> ParallelModel:
+    device = options.context.device
+    model.to(device)
+    # DDP stops with an error at the second step when a parameter got no gradient on some rank. With every parameter
+    # anchored to the output, none is left without one, and no search for unused parameters is needed.
+    anchor_parameters(model, within=model, without=())
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return ParallelModel(
+        "ddp", options.reason, wrapped, lambda last: contextlib.nullcontext() if last else wrapped.no_sync()
+    )
+
+
+def _fsdp(model: nn.Module, options: ParallelOptions) -> ParallelModel:
+    """Shard a skeleton (parameters on meta, see `models/lean.py`). Values are read by `load_shards`."""
+    context, plan = options.context, options.precision
+    mesh = _mesh(context, options.replicate)
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, plan.compute) if plan.autocast else None, reduce_dtype=torch.float32
+    )
+    marks = parameter_marks(model)
+    units = find_wrap_units(model)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # The rest (embedding, final norm, head) is one group of the root: tied weights stay one parameter.
+    root = fully_shard(model, mesh=mesh, mp_policy=policy)
+    materialise(model, context.device)
+    restore_marks(model, marks)
+    if _may_skip_parameters(model, units):
+        for unit in units:
+            anchor_parameters(unit, within=unit, without=())
+        anchor_parameters(model, within=model, without=units)
+
+    @contextlib.contextmanager
+    def synchronise(last: bool) -> Any:
+        root.set_requires_gradient_sync(last)
+        yield
+
+    return ParallelModel("fsdp", options.reason, model, synchronise)
+
+
+STRATEGIES: Mapping[str, Callable[[nn.Module, ParallelOptions], ParallelModel]] = {
+    "single": _single,
+    "ddp": _ddp,
+    "fsdp": _fsdp,
+}
+
+
+def _mesh(context: ProcessContext, replicate: int) -> DeviceMesh:
+    # The mesh names the device: on a machine with GPUs fully_shard would otherwise take those for a CPU run.
+    kind = context.device.type
+    if replicate == 1:
+        return init_device_mesh(kind, (context.world_size,), mesh_dim_names=("shard",))
+    shape = (replicate, context.world_size // replicate)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _may_skip_parameters(model: nn.Module, units: Sequence[nn.Module]) -> bool:
+    """Whether a rank's forward pass may leave out a parameter that another rank's uses.
+
+    transformers' own dense models use all of theirs each time. Anchoring costs little, but it is a pass over small
+    tensors in every unit, so they are spared.
+    """
+    own_code = any(not type(module).__module__.startswith(("transformers.", "torch.")) for module in model.modules())
+    return own_code or any(isinstance(module, nn.ModuleList) for unit in units for module in unit.modules())
+
+
+def load_shards(model: nn.Module, weights: Path) -> None:
+    """Fill a sharded model from a safetensors file: each process reads only its own rows of each tensor.
+
+    Args:
+        model: after `fsdp`; its parameters are DTensors, sharded in dimension 0 as `torch.chunk` cuts.
+        weights: names are those of the model's `state_dict()`, tied weights under one of their names.
+    """
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    filled: set[int] = set()
+    with safe_open(weights, framework="pt") as file, torch.no_grad():
+        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            target = tensors[name]
+            filled.add(id(target))
+            if not isinstance(target, DTensor):
+                target.copy_(file.get_tensor(name))
+            elif target.ndim and target.to_local().numel():
+                start, stop = _local_rows(target)
+                target.to_local().copy_(file.get_slice(name)[start:stop])
+    empty = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]
+    assert not empty, f"no values for {empty[:4]}"
+
+
+def _local_rows(tensor: DTensor) -> tuple[int, int]:
+    """First and last + 1 row of this process's shard."""
+    mesh = tensor.device_mesh
+    start, rows = 0, tensor.shape[0]
+    for dimension, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            continue
+        assert isinstance(placement, Shard)
+        assert placement.dim == 0
+        chunk = -(-rows // mesh.size(dimension))
+        start = min(mesh.get_local_rank(dimension) * chunk, rows)
+        rows = min(chunk, rows - start)
+    return start, start + rows
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded. Every process must call it, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def free_memory(device: torch.device, local_processes: int) -> int:
+    """Free bytes for one process: of its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // local_processes
