@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,6 +37,9 @@ LOG = "agent.log"
 FAILING = "failing.json"
 """Exists from the moment on when this node's workers, or another node, failed. `{"remote": bool}`"""
 
+HOST_SECONDS = 600.0
+"""How long a node waits for the one that holds the store."""
+
 _FAILED_KEY = "eulerforge/failed"
 
 
@@ -43,7 +47,9 @@ def main(arguments: Sequence[str]) -> None:
     """Run torchrun with these options. Does not return: ends the process with torchrun's exit code."""
     folder = Path(os.environ[LAUNCH_DIR])
     _outlive_signals()
-    threading.Thread(target=_follow_parent, args=(int(os.environ.pop(PARENT)), folder), daemon=True).start()
+    parent = int(os.environ.pop(PARENT))
+    follower = threading.Thread(target=_follow_parent, args=(parent, folder), daemon=True)
+    follower.start()
     # Python's own stderr only. The file descriptor stays the user's: workers inherit it.
     sys.stderr = (folder / LOG).open("w", buffering=1, encoding="utf-8", errors="replace")
     report: dict[str, object] = {}
@@ -52,6 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(1.0)
+    if os.getppid() != parent:
+        follower.join()  # ends the process
     write_json(folder / REPORT, report)
     sys.stderr.flush()
     # Not sys.exit: a destructor of a store must not hold up the end.
@@ -78,7 +86,11 @@ def _follow_parent(parent: int, folder: Path) -> None:
         process for process in {*psutil.Process().children(recursive=True), *members(folder)} if alive(process)
     ]:
         kill(left)
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(20):  # torchrun's thread may write a last file meanwhile
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.05)
     os._exit(1)
 
 
@@ -102,7 +114,11 @@ def _torchrun(arguments: list[str], folder: Path, report: dict[str, object]) -> 
         logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
         logger.setLevel(logging.WARNING)
         logger.addHandler(watch)
+        # It warns that its signal handlers are missing. That is intended.
+        logger.addFilter(lambda record: "register signal handlers" not in str(record.msg))
         if options.nnodes != "1" and not options.standalone:
+            if "is_host=0" in options.rdzv_conf:
+                _wait_for_host(options.rdzv_endpoint)
             threading.Thread(target=watch.follow_other_nodes, args=(options.rdzv_endpoint,), daemon=True).start()
         try:
             # Not run.main: that is wrapped in @record, which logs a failed worker once more.
@@ -120,6 +136,23 @@ def _torchrun(arguments: list[str], folder: Path, report: dict[str, object]) -> 
     except BaseException as error:  # argparse's SystemExit too
         report["error"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         traceback.print_exc()
+
+
+def _wait_for_host(endpoint: str) -> None:
+    """Until the node that holds the store is there, or torchrun shall say in its words that it is not.
+
+    torchrun waits 600 s for a node that joins, but only 60 s for the one that is joined.
+    """
+    end = time.monotonic() + HOST_SECONDS
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(_split(endpoint), timeout=5.0):
+            return
+        time.sleep(0.5)
+
+
+def _split(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 class _FailureWatch(logging.Handler):
@@ -147,16 +180,16 @@ class _FailureWatch(logging.Handler):
 
         torchrun itself notices another node's failure only if that one held the store.
         """
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
-        host, _, port = endpoint.rpartition(":")
+        host, port = _split(endpoint)
         store = None
         while store is None and not self._failed.is_set():
             # The node that holds the store may start later.
             with contextlib.suppress(Exception):
                 store = TCPStore(
-                    host.strip("[]"),
-                    int(port),
+                    host,
+                    port,
                     is_master=False,
                     wait_for_workers=False,
                     timeout=timedelta(seconds=10),
@@ -166,12 +199,15 @@ class _FailureWatch(logging.Handler):
         if store is None:
             return
         self._connected = True
-        with contextlib.suppress(Exception):  # the store ends with its node; torchrun notices that itself
+        try:
             while not self._failed.wait(0.5):
                 if store.check([_FAILED_KEY]):
                     self._fail(remote=True)
                     break
             store.set(_FAILED_KEY, "1")
+        except Exception:
+            # The store is gone with its node. After a good end that does not matter: it is then too late for this.
+            self._fail(remote=True)
         self._told.set()
 
     def _fail(self, *, remote: bool) -> None:

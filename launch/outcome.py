@@ -1,7 +1,7 @@
 """How one worker of a launched run tells the parent how it ended, so that an error is shown once and not per rank.
 
-A file per rank in the launch directory, because a file outlives its writer: torchrun itself passes on only exit codes,
-and it takes any code but 0 for a failure, also the 75 of an orderly stop.
+A file per rank in the launch directory, because a file outlives its writer. torchrun itself passes on exit codes
+only, and takes any but 0 for a failure, also the 75 of an orderly stop.
 """
 
 from __future__ import annotations

@@ -91,10 +91,10 @@ def resolve_plan(request: LaunchRequest, gpus: Sequence[str], environment: Mappi
     device_reason = device.reason
     if kind == "cuda":
         device_reason = f"one GPU per process, of {listed(gpus)}"
-    reasons = (f"device {kind}: {device_reason}", f"world size {world_size}: {size_reason}, backend {backend}")
+    lines = [f"device {kind}: {device_reason}", f"world size {world_size}: {size_reason}, backend {backend}"]
     if request.nnodes > 1:
         role = "hosts" if request.node_rank == 0 else "joins"
-        reasons += (f"node rank {request.node_rank}: {role} the rendezvous at {request.rdzv_endpoint}",)
+        lines.append(f"node rank {request.node_rank}: {role} the rendezvous at {request.rdzv_endpoint}")
     return LaunchPlan(
         mode="torchrun",
         device=kind,
@@ -105,7 +105,7 @@ def resolve_plan(request: LaunchRequest, gpus: Sequence[str], environment: Mappi
         node_rank=request.node_rank,
         rdzv_endpoint=request.rdzv_endpoint,
         backend=backend,
-        reasons=reasons,
+        reasons=tuple(lines),
         warnings=device.warnings,
     )
 

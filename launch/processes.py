@@ -64,8 +64,8 @@ def kill(processes: Iterable[psutil.Process], timeout: float = 5.0) -> None:
 def ready_for_signals(pid: int) -> bool:
     """Whether a process has set up what it does on each stop signal.
 
-    A Python that has not come so far yet would simply die of SIGTERM, so a signal is held back until then. Linux tells
-    by the masks of caught and ignored signals; where it does not, the answer is yes.
+    A Python that has not come so far yet would simply die of SIGTERM, so a signal is held back until then. Linux
+    tells by the masks of caught and ignored signals; where there is none of that, the answer is yes.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -46,6 +46,8 @@ START_SECONDS = 10.0
 """How long a signal waits for workers to be started (other nodes may never come), before the run is given up."""
 
 POLL_SECONDS = 0.1
+
+_ELSEWHERE = "Another node failed; its own output says why. The processes of this node were ended."
 
 
 def torchrun_argv(plan: LaunchPlan, arguments: Sequence[str], *, module: str = "eulerforge") -> list[str]:
@@ -204,6 +206,7 @@ class _Job:
         self._received: list[tuple[signal.Signals, float]] = []
         self._killed: set[int] = set()
         self._failing_since: float | None = None
+        self._agent_died = False
         self._given_up = False
 
     def wait(self) -> None:
@@ -211,7 +214,10 @@ class _Job:
         while True:
             ended = self._agent.poll() is not None
             if not ended:
-                self._find_workers()
+                self._find_workers(self._agent_process.children)
+            elif not self._agent_died and not (self._folder / REPORT).exists():
+                self._agent_died = True  # killed (out of memory, ...); its workers are nobody's children now
+                self._find_workers(lambda: members(self._folder))
             living = [worker for worker in self._workers.values() if alive(worker.process)]
             if ended and not living:
                 return
@@ -219,8 +225,7 @@ class _Job:
             now = time.monotonic()
             if self._failing_since is None and (ended or self._failed()):
                 self._failing_since = now
-                if ended:
-                    # The agent died (out of memory, ...) and cannot tell them.
+                if ended:  # the agent cannot tell them any more
                     for worker in living:
                         send(worker.process, signal.SIGTERM)
             if self._failing_since is not None and now - self._failing_since > GRACE_SECONDS:
@@ -258,6 +263,8 @@ class _Job:
         if self._given_up:
             return 75, f"Stopped by {self._received[0][0].name} before the processes had started."
         outcome = _first(outcomes, secondary=False)
+        if outcome is None and self._agent_died:
+            return 1, self._torchrun_failed(report)
         if outcome is None:
             told = {outcome.rank for outcome in outcomes if not outcome.orderly}
             deaths = [failure for failure in failures if failure["rank"] not in told]
@@ -271,19 +278,21 @@ class _Job:
                 return 1, _death(causes[0])
             outcome = _first(outcomes, secondary=True)
             if outcome is None and self._failed_elsewhere():
-                return 1, "Another node failed; its own output says why. The processes of this node were ended."
+                return 1, _ELSEWHERE
             if outcome is None and deaths:
                 return 1, _death(deaths[0])
         if outcome is not None:
             return (2 if outcome.exit_code == 2 else 1), outcome.message
+        if self._workers and self._plan.nnodes > 1 and str(report.get("error")).startswith("Rendezvous"):
+            return 1, _ELSEWHERE  # the node that held the store is gone
         return 1, self._torchrun_failed(report)
 
-    def _find_workers(self) -> None:
+    def _find_workers(self, candidates: Callable[[], list[psutil.Process]]) -> None:
         # Not once all are known: psutil looks through all processes of the machine for the children of one.
         if len(self._workers) >= self._plan.nproc:
             return
         with contextlib.suppress(psutil.Error):
-            for process in self._agent_process.children():
+            for process in candidates():
                 if process.pid not in self._workers and (rank := rank_of(process, self._folder)) is not None:
                     deadline = time.monotonic() + READY_SECONDS
                     waiting = deque((number, deadline) for number, _ in self._received)
@@ -315,7 +324,8 @@ class _Job:
         code = self._agent.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         when = "" if self._workers else " before the processes were started"
-        lines = [f"torchrun (pid {self._agent.pid}) {how}{when}: {report.get('error', 'no reason given')}"]
+        why = f": {report['error']}" if "error" in report else ""
+        lines = [f"torchrun (pid {self._agent.pid}) {how}{when}{why}"]
         with contextlib.suppress(OSError):
             log = (self._folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
             lines += [f"  {line}" for line in log[-15:]]

@@ -432,8 +432,6 @@ UNAVAILABLE_CASES = [
         at="amp: false",
     ),
     _value("training", "keep_checkpoints: 3", "this version keeps every checkpoint", "all"),
-    _value("distributed", "strategy: fsdp", "this version", "auto"),
-    _value("distributed", "nproc_per_node: 2", "this version", "auto or 1"),
 ]
 """Values that the schema knows and this version cannot honour: refused, never ignored."""
 
@@ -1038,10 +1036,27 @@ def test_a_pipe_is_refused_not_waited_for(project: Workspace) -> None:
     _require_lines(result, 2, ("data.path", "data.jsonl", "not a regular file"), ("JSONL",))
 
 
-def test_several_torchrun_workers_are_refused(project: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "error", "fix"),
+    [
+        (("--nproc", "0"), "--nproc 0", "1 or more"),
+        (("--nproc", "two"), "invalid int value", "--help"),
+        (("--nnodes", "2"), "--node-rank", "--node-rank"),
+        (("--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "h:1"), "--node-rank 2", "0 to 1"),
+        (("--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "h"), "HOST:PORT", "node0:29500"),
+        (("--node-rank", "0"), "--node-rank 0", "--nnodes"),
+        (("--nproc", "3", "--set", "training.global_batch_size=4"), "global_batch_size 4", "multiple"),
+        (
+            ("--nproc", "3", "--set", "distributed.replicate=2", "--set", "distributed.strategy=fsdp"),
+            "distributed.replicate 2 does not divide the 3 processes",
+            "divisor",
+        ),
+        (("--set", "distributed.replicate=2"), "distributed.replicate", "distributed.strategy: fsdp"),
+    ],
+)
+def test_bad_numbers_of_processes(project: Workspace, arguments: tuple[str, ...], error: str, fix: str) -> None:
     before = _snapshot(project)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    _require_lines(run_here(*Case.arguments), 2, ("one of 2 started by torchrun",), ("without torchrun",))
+    _require_lines(run_here(*Case.arguments, *arguments), 2, (error,), (fix,))
     assert _snapshot(project) == before
 
 
@@ -1102,7 +1117,7 @@ def test_rules_between_keys_and_unavailable_values_are_told_at_once(project: Wor
             ("training", "global_batch_size: 3"),
             ("training", "compile: true"),
             ("data", "num_workers: 4"),
-            ("distributed", "strategy: ddp"),
+            ("training", "keep_checkpoints: 3"),
         ).encode(),
     )
     _require_list(
@@ -1111,7 +1126,7 @@ def test_rules_between_keys_and_unavailable_values_are_told_at_once(project: Wor
         ("training.global_batch_size: ", "multiple"),
         ("training.compile: ", "false"),
         ("data.num_workers: ", "auto"),
-        ("distributed.strategy: ", "auto"),
+        ("training.keep_checkpoints: ", "all"),
     )
 
 
