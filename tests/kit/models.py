@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.kit.tokenizers import write_byte_tokenizer
+
 VOCAB = 260
 """Room for the 256 bytes, `<eos>` and a few more."""
 
@@ -188,7 +190,7 @@ class KitModel(PreTrainedModel):
     def forward(self, input_ids):
         self.calls += 1
         logits = self.head(self.embed(input_ids))
-        if self.calls == self.config.at:
+        if self.calls == self.config.at and os.environ.get("RANK", "0") == str(getattr(self.config, "only_rank", 0)):
             if self.config.kind == "raise":
                 raise RuntimeError("the model broke on purpose")
             if self.config.kind == "nan":
@@ -246,7 +248,92 @@ class KitModel(PreTrainedModel):
         return CausalLMOutput(logits=self.head(x))
 '''
 
+_FAULTY = '''
+from .fault_kit import strike, strike_while_data_is_prepared
+
+
+class KitModel(PreTrainedModel):
+    """Does what $FAULT says: `phase:kind:rank` with phase load, data, step or save and kind raise, exit or kill."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        strike("load")
+        strike_while_data_is_prepared()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.calls = 0
+        self.post_init()
+
+    def forward(self, input_ids):
+        self.calls += 1
+        if self.calls == 3:
+            strike("step")
+        return CausalLMOutput(logits=self.head(self.embed(input_ids)))
+
+    def state_dict(self, *args, **kwargs):
+        if self.calls:
+            strike("save")
+        return super().state_dict(*args, **kwargs)
+'''
+
+_FAULT = '''
+import os
+import pathlib
+import signal
+import threading
+import time
+
+FOLDER = pathlib.Path(os.environ["FAULT_DIR"])
+PHASE, KIND, RANK = os.environ["FAULT"].split(":")
+
+
+def strike(phase):
+    if phase != PHASE or os.environ.get("RANK", "0") != RANK:
+        return
+    (FOLDER / "struck").write_text(str(time.time()))
+    if KIND == "raise":
+        raise RuntimeError("the model broke on purpose")
+    if KIND == "exit":
+        os._exit(9)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def strike_while_data_is_prepared():
+    """On a rank that waits for the data: end it as soon as rank 0 has begun."""
+
+    def wait():
+        while not (FOLDER / "preparing").exists():
+            time.sleep(0.05)
+        strike("data")
+
+    if PHASE == "data" and RANK != "0":
+        threading.Thread(target=wait, daemon=True).start()
+'''
+
+_TOKENIZATION = '''
+import time
+
+from transformers import PreTrainedTokenizerFast
+
+from .fault_kit import FOLDER, PHASE, RANK, strike
+
+
+class KitTokenizer(PreTrainedTokenizerFast):
+    """Tokenising fails, or goes on and on while another rank is made to fail."""
+
+    def __call__(self, *args, **kwargs):
+        (FOLDER / "preparing").touch()
+        strike("data")
+        if PHASE == "data" and RANK != "0":
+            time.sleep(60)
+        return super().__call__(*args, **kwargs)
+'''
+
 CODE = {
+    "faulty": _FAULTY,
     "experts": _EXPERTS,
     "probe": _PROBE,
     "oracle": _ORACLE,
@@ -256,18 +343,18 @@ CODE = {
 }
 
 
-def write_custom(path: Path, kind: str, **config: Any) -> Path:
+def write_custom(path: Path, code: str, /, **config: Any) -> Path:
     """Write a model directory with custom code.
 
     Args:
-        kind: a key of `CODE`.
+        code: a key of `CODE`.
         config: further keys of config.json.
     """
     path.mkdir(parents=True)
     # Unlike code in each kind: transformers maps a configuration class to one model class per process, so two kinds
     # with the same configuration file would share the model of whichever came first.
-    (path / "configuration_kit.py").write_text(f"# {kind}\n{_CONFIGURATION}")
-    (path / "modeling_kit.py").write_text(_HEADER + CODE[kind])
+    (path / "configuration_kit.py").write_text(f"# {code}\n{_CONFIGURATION}")
+    (path / "modeling_kit.py").write_text(_HEADER + CODE[code])
     (path / "helper_kit.py").write_text(_HELPER)
     (path / "constants_kit.py").write_text("BASE = 8.0\n")
     values = {
@@ -281,6 +368,19 @@ def write_custom(path: Path, kind: str, **config: Any) -> Path:
         **config,
     }
     (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+def write_faulty(path: Path) -> Path:
+    """A model directory with its own tokenizer, both under the command of $FAULT and $FAULT_DIR."""
+    write_custom(path, "faulty")
+    (path / "fault_kit.py").write_text(_FAULT)
+    (path / "tokenization_kit.py").write_text(_TOKENIZATION)
+    write_byte_tokenizer(path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "KitTokenizer"
+    config["auto_map"] = {"AutoTokenizer": [None, "tokenization_kit.KitTokenizer"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
 
