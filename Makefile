@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # installed without its dependencies; what it imports is in the `dev` extra.
 EULERSTACK := eulerstack==0.1.3
 
-.PHONY: demo test check bench install clean
+.PHONY: demo test check matrix bench install clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ check: install
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+matrix: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m matrix tests/distributed
 
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import train_throughput
+from benchmarks import sharded_start_memory, train_throughput
 
 if __name__ == "__main__":
     train_throughput.main()
+    sharded_start_memory.main()

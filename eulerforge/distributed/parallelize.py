@@ -175,14 +175,18 @@ def load_shards(model: nn.Module, weights: Path) -> None:
         weights: names are those of the model's `state_dict()`, tied weights under one of their names.
     """
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    with safe_open(weights, framework="pt") as file:
+        names = list(file.keys())
     filled: set[int] = set()
-    with safe_open(weights, framework="pt") as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            target = tensors[name]
-            filled.add(id(target))
+    for name in names:
+        target = tensors[name]
+        filled.add(id(target))
+        # Opened anew for each tensor: the file is memory-mapped, and pages that were read count as this process's
+        # memory until it is closed. Kept open, a shard would be there twice.
+        with safe_open(weights, framework="pt") as file, torch.no_grad():
             if not isinstance(target, DTensor):
                 target.copy_(file.get_tensor(name))
-            elif target.ndim and target.to_local().numel():
+            elif target.to_local().numel():
                 start, stop = _local_rows(target)
                 target.to_local().copy_(file.get_slice(name)[start:stop])
     empty = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]

@@ -135,17 +135,33 @@ def test_two_ranks_train_what_one_process_trains(ready: Workspace, name: str) ->
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_four_ranks_and_plain_torchrun(ready: Workspace, strategy: str) -> None:
-    preset = _preset(ready, TINY_HYBRID)
+@pytest.mark.parametrize(
+    "name", [name if name == "tiny_hybrid" else pytest.param(name, marks=pytest.mark.matrix) for name in MODELS]
+)
+def test_four_ranks_and_plain_torchrun(ready: Workspace, name: str, strategy: str) -> None:
+    preset = _preset(ready, MODELS[name](ready.path / "model"))
     assert run_here("pretrain", "--preset", preset, "--output-dir", "one").code == 0
     _parallel(ready, preset, "four", 4, strategy)
     _assert_same_run(ready, "one", "four")
-    result = run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eulerforge", "pretrain",
-        "--preset", preset, "--output-dir", "torchrun", "--set", f"distributed.strategy={strategy}", cwd=ready.path,
-    )  # fmt: skip
-    assert result.code == 0, result.err
+    _by_torchrun(ready, preset, "torchrun", f"distributed.strategy={strategy}")
     _assert_same_run(ready, "one", "torchrun")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_the_first_step_under_ddp(ready: Workspace, name: str) -> None:
+    preset = _preset(ready, MODELS[name](ready.path / "model"))
+    assert run_here("pretrain", "--preset", preset, "--output-dir", "one", *_overrides(LINEAR_STEP)).code == 0
+    _by_torchrun(ready, preset, "two", "distributed.strategy=ddp", *LINEAR_STEP)
+    _assert_same_weights(ready.path / "one", ready.path / "two", 100 * 1e-6)
+
+
+def _by_torchrun(workspace: Workspace, preset: str, name: str, *overrides: str) -> None:
+    """Two workers under a torchrun that the user starts."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = ("-m", "eulerforge", "pretrain", "--preset", preset, "--output-dir", name, *_overrides(overrides))
+    result = run_python(*torchrun, *command, cwd=workspace.path, OMP_NUM_THREADS="1")
+    assert result.code == 0, result.err
 
 
 def test_replicas_of_shards_train_the_same(ready: Workspace) -> None:
