@@ -137,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
 def _pretrain(arguments: argparse.Namespace) -> int:
     console = _console()
     loaded = load_preset(arguments.preset, _overrides(arguments))
-    flight = inspect(loaded, owns_output=_is_main())
+    # On other nodes the run directory may have been begun by rank 0 when they come to look at it.
+    flight = inspect(loaded, owns_output=_is_main() and not arguments.node_rank)
     if arguments.validate_only:
         _announce(flight, console)
         console.say(f"Device: {flight.preset.device}")

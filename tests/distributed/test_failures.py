@@ -131,6 +131,23 @@ def test_a_signal_stops_all_ranks_at_the_same_step(ready: Workspace, number: sig
     assert calls == [status["step"]] * 2
 
 
+def test_a_signal_ends_a_single_process_after_its_step(ready: Workspace) -> None:
+    write_llama(ready.path / "model")
+    write_byte_tokenizer(ready.path / "model")
+    preset = ready.preset(training__max_steps=1_000_000, training__save_steps=1_000_000)
+    command = [sys.executable, "-m", "eulerforge", "pretrain", "--preset", str(preset)]
+    with subprocess.Popen(
+        command, cwd=ready.path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        _wait_for_steps(ready.path / "run" / "metrics.jsonl", 3)
+        parent.send_signal(signal.SIGTERM)
+        _, err = parent.communicate(timeout=DEADLINE)
+    assert parent.returncode == 1
+    assert [line.split(":")[0] for line in err.splitlines()] == ["Error", "Fix", "See"]
+    assert "stopped by a signal (SIGTERM) after step" in err
+    assert ready.status()["step"] == len(ready.metrics())
+
+
 def _wait_for_steps(metrics: Path, steps: int) -> None:
     deadline = time.monotonic() + DEADLINE
     while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
