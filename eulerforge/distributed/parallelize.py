@@ -90,8 +90,8 @@ def choose_strategy(requested: str, world_size: int, state_bytes: int, free_byte
     need, free = state_bytes / 2**30, free_bytes / 2**30
     fits = state_bytes <= COMFORTABLE * free_bytes
     arithmetic = (
-        f"auto: parameters, gradients and AdamW need {need:.2f} GiB, "
-        f"{COMFORTABLE:.0%} of the {free:.2f} GiB free per process is {COMFORTABLE * free:.2f} GiB"
+        f"auto: parameters, gradients and AdamW need {need:.3g} GiB, "
+        f"{COMFORTABLE:.0%} of the {free:.3g} GiB free per process is {COMFORTABLE * free:.3g} GiB"
     )
     return ("ddp", f"{arithmetic}: it fits") if fits else ("fsdp", f"{arithmetic}: it does not fit")
 

@@ -236,7 +236,7 @@ GIB = 2**30
             6 * GIB,
             10 * GIB,
             "ddp",
-            "need 6.00 GiB, 60% of the 10.00 GiB free per process is 6.00 GiB: it fits",
+            "need 6 GiB, 60% of the 10 GiB free per process is 6 GiB: it fits",
         ),
         (
             "auto",
@@ -244,7 +244,7 @@ GIB = 2**30
             7 * GIB,
             10 * GIB,
             "fsdp",
-            "7.00 GiB, 60% of the 10.00 GiB free per process is 6.00 GiB: it does not",
+            "need 7 GiB, 60% of the 10 GiB free per process is 6 GiB: it does not",
         ),
     ],
 )
