@@ -85,7 +85,7 @@ def _worker(folder: Path) -> None:
     from eulerforge.train.load import load_model
 
     flight = inspect(load_preset(folder / "preset.yml"))
-    context = start_processes("cpu", 600)
+    context = start_processes("cpu", int(os.environ.get("WORLD_SIZE", "1")), 600)
     tokenizer = load_tokenizer(flight.tokenizer, False, False, True)
     silent = Console("Benchmark", enabled=False)
     model, _ = load_model(flight.directory, flight.precision, flight.preset, tokenizer, context, silent)

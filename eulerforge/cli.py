@@ -238,7 +238,7 @@ def _train(flight: Preflight, plan: LaunchPlan, console: Console) -> Path:
 
     from eulerforge.worker import LaunchDecisions, pretrain
 
-    return pretrain(flight, LaunchDecisions(plan.device, plan.reasons), console)
+    return pretrain(flight, LaunchDecisions(plan.device, plan.world_size, plan.reasons), console)
 
 
 def _schema(arguments: argparse.Namespace) -> int:

@@ -55,10 +55,12 @@ class LaunchDecisions:
 
     Attributes:
         device: `cpu` or `cuda:N`.
+        world_size: processes of the run.
         reasons: one line per decision, for pretrain_config.json.
     """
 
     device: str
+    world_size: int
     reasons: tuple[str, ...]
 
 
@@ -128,7 +130,7 @@ def pretrain(flight: Preflight, launch: LaunchDecisions, console: Console) -> Pa
 def _set_up(flight: Preflight, launch: LaunchDecisions, console: Console) -> Setup:
     """Load everything; the last place where the input can turn out to be wrong."""
     preset = flight.preset
-    context = start_processes(launch.device, preset.distributed.timeout_seconds)
+    context = start_processes(launch.device, launch.world_size, preset.distributed.timeout_seconds)
     with context.local_main_first("tokenizer"):
         tokenizer = load_tokenizer(
             flight.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos
@@ -139,6 +141,8 @@ def _set_up(flight: Preflight, launch: LaunchDecisions, console: Console) -> Set
         console.warn(warning)
     with context.local_main_first("tokens"):
         cache = _load_tokens(flight, tokenizer, console)
+    # Nodes may need very different times for their caches; from here on ranks wait in collectives.
+    context.meet("set up")
     rows = _make_rows(flight, cache, console)
     model.train()
     accumulation = grad_accum_steps(preset, context.world_size)

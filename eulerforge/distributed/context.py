@@ -69,10 +69,14 @@ class ProcessContext:
         dist.broadcast_object_list(holder, src=0, device=self.device)
         return holder[0]
 
-    def barrier(self) -> None:
-        """Wait until every process has come here."""
-        if self.world_size > 1:
-            dist.barrier()
+    def meet(self, name: str) -> None:
+        """Wait until every process has come here, however long that takes (`name` is used once in a run)."""
+        if self.store is None:
+            return
+        arrived = self.store.add(f"meet/{name}", 1)
+        while arrived < self.world_size:
+            time.sleep(_POLL_SECONDS)
+            arrived = self.store.add(f"meet/{name}", 0)
 
     def share_on_node(self, name: str, text: str) -> None:
         """Give a text to the other processes of this node."""
@@ -123,17 +127,17 @@ class ProcessContext:
             yield
 
 
-def start_processes(device: str, timeout_seconds: float) -> ProcessContext:
-    """Join the run: one process without torchrun, or the process group that torchrun's environment describes.
+def start_processes(device: str, world_size: int, timeout_seconds: float) -> ProcessContext:
+    """Join the run: one process by itself, or the process group that torchrun's environment describes.
 
     Args:
         device: `cpu` or `cuda:N`, this process's own.
+        world_size: processes of the run, as the launcher decided.
         timeout_seconds: after which a collective that a process does not join is an error.
     """
     chosen = torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return ProcessContext(0, 1, 0, 0, chosen, None)
     timeout = timedelta(seconds=timeout_seconds)

@@ -126,7 +126,7 @@ def _shard(
                 write_initial_weights(request)
                 context.share_on_node("weights file", str(file))
         load_shards(skeleton, Path(context.shared_on_node("weights file")))
-        context.barrier()
+        context.meet("weights read")
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

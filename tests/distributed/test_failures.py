@@ -79,6 +79,15 @@ def test_one_rank_fails(ready: Workspace, phase: str, kind: str) -> None:
         assert not list((ready.path / "run").glob(".*"))
 
 
+def test_waiting_for_data_is_not_bound_to_the_timeout_of_collectives(ready: Workspace) -> None:
+    write_faulty(ready.path / "model")
+    preset = ready.preset(trust_remote_code=True, distributed__timeout_seconds=8)
+    slow = {"FAULT": "data:nothing:9", "FAULT_DIR": str(ready.path), "FAULT_SECONDS": "12"}
+    result, _ = _run(ready, preset, "--nproc", "2", **slow)
+    assert result.code == 0, result.err
+    assert ready.status()["status"] == "finished"
+
+
 def test_bad_data_on_rank_0_is_one_error(ready: Workspace) -> None:
     """Only rank 0 reads the corpus; the others end without a word of their own."""
     write_llama(ready.path / "model")

@@ -201,6 +201,19 @@ def test_experts_of_one_rank_only_get_the_gradients_of_one_process(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_optimiser_has_state_for_parameters_that_are_never_used(ready: Workspace, strategy: str) -> None:
+    model = write_custom(ready.path / "model", "experts", widths=[8, 8, 8])
+    preset = _preset(ready, model, distributed__strategy=strategy)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    result = run_python(
+        *torchrun, "-m", "tests.kit.optimizer_state", preset, str(ready.path), cwd=ready.path,
+        PYTHONPATH=str(Path(__file__).parents[2]), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "state of 18 parameters" in result.out  # 2 x (3 experts x 2 + linear's 2) + embedding + head
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_see_disjoint_rows_that_are_the_reference_s(
     ready: Workspace, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:

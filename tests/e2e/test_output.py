@@ -328,3 +328,22 @@ def test_global_batch_size_sets_the_accumulation(workspace: Workspace, byte_toke
     assert result.code == 0, result.err
     assert "batch_size=2, grad_accum=3," in result.out
     assert workspace.metrics()[0]["tokens"] == 6 * 16
+
+
+def test_variables_of_other_programs_do_not_make_it_wait_for_ranks(
+    workspace: Workspace, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SLURM allocation, or a shell with a left-over WORLD_SIZE: still one process."""
+    for name, value in {
+        "WORLD_SIZE": "8",
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "8",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS_PER_NODE": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    write_llama(workspace.path / "model")
+    workspace.jsonl("data.jsonl", TEXTS)
+    result = workspace.pretrain(tokenizer=str(byte_tokenizer))
+    assert result.code == 0, result.err
+    assert "x 1 process = 2 rows" in result.out

@@ -288,6 +288,7 @@ import time
 
 FOLDER = pathlib.Path(os.environ["FAULT_DIR"])
 PHASE, KIND, RANK = os.environ["FAULT"].split(":")
+SECONDS = float(os.environ.get("FAULT_SECONDS", "60"))  # how long tokenising takes while another rank fails
 
 
 def strike(phase):
@@ -318,7 +319,7 @@ import time
 
 from transformers import PreTrainedTokenizerFast
 
-from .fault_kit import FOLDER, PHASE, RANK, strike
+from .fault_kit import FOLDER, PHASE, RANK, SECONDS, strike
 
 
 class KitTokenizer(PreTrainedTokenizerFast):
@@ -328,7 +329,7 @@ class KitTokenizer(PreTrainedTokenizerFast):
         (FOLDER / "preparing").touch()
         strike("data")
         if PHASE == "data" and RANK != "0":
-            time.sleep(60)
+            time.sleep(SECONDS)
         return super().__call__(*args, **kwargs)
 '''
 
