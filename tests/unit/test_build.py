@@ -283,8 +283,12 @@ def test_an_unknown_architecture_is_told(tmp_path: Path) -> None:
 GROWABLE: dict[str, tuple[Writer, dict[str, Any], bool]] = {
     "llama": (write_llama, {}, False),
     "tied llama": (write_llama, {"tie_word_embeddings": True}, True),
-    "custom": (write_custom, {"kind": "probe"}, False),
-    "tied custom": (write_custom, {"kind": "buffers", "tie_word_embeddings": True}, True),
+    "custom": (lambda path, **config: write_custom(path, "probe", **config), {}, False),
+    "tied custom": (
+        lambda path, **config: write_custom(path, "buffers", **config),
+        {"tie_word_embeddings": True},
+        True,
+    ),
 }
 
 
