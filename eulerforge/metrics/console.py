@@ -6,6 +6,7 @@ lines. Ranks other than 0 get a console that is silent, so that nobody else asks
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -31,11 +32,21 @@ class Console:
         if not self._enabled:
             return
         line = f"[{self._prefix}] {text}"
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
+        try:
+            if self._bar is None:
+                print(line, flush=True)
+            else:
+                self._bar.write(line, file=sys.stdout)
+                sys.stdout.flush()
+        except BrokenPipeError:
+            self._lose_output()
+
+    def _lose_output(self) -> None:
+        """Who read the lines is gone (`| head`, a closed ssh): hours of training need not end with them."""
+        self._enabled = False
+        # Python would otherwise meet the broken pipe again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"[{self._prefix}] Warning: nobody reads stdout any more; going on without it.", file=sys.stderr)
 
     def warn(self, text: str) -> None:
         """Print a warning line."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -347,3 +349,22 @@ def test_variables_of_other_programs_do_not_make_it_wait_for_ranks(
     result = workspace.pretrain(tokenizer=str(byte_tokenizer))
     assert result.code == 0, result.err
     assert "x 1 process = 2 rows" in result.out
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(workspace: Workspace, byte_tokenizer: Path) -> None:
+    """`eulerforge pretrain ... | head -1`: the log is cut off, the training is not."""
+    write_llama(workspace.path / "model")
+    workspace.jsonl("data.jsonl", TEXTS)
+    preset = workspace.preset(tokenizer=str(byte_tokenizer))
+    command = [sys.executable, "-m", "eulerforge", "pretrain", "--preset", str(preset)]
+    with subprocess.Popen(
+        command, cwd=workspace.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        err = process.stderr.read()
+        assert process.wait(timeout=120) == 0, err
+    assert err == "[Pretrain] Warning: nobody reads stdout any more; going on without it.\n"
+    assert workspace.status()["status"] == "finished"
