@@ -82,13 +82,14 @@ def _worker(folder: Path) -> None:
     from eulerforge.models.stats import count_parameters
     from eulerforge.models.tokenizer import load_tokenizer
     from eulerforge.preflight import inspect
-    from eulerforge.train.load import load_model
+    from eulerforge.train.load import ModelRequest, load_model
 
     flight = inspect(load_preset(folder / "preset.yml"))
     context = start_processes("cpu", int(os.environ.get("WORLD_SIZE", "1")), 600)
     tokenizer = load_tokenizer(flight.tokenizer, False, False, True)
     silent = Console("Benchmark", enabled=False)
-    model, _ = load_model(flight.directory, flight.precision, flight.preset, tokenizer, context, silent)
+    request = ModelRequest(flight.directory, flight.precision, flight.preset, tokenizer, context, silent)
+    model, _ = load_model(request)
     peak = int(
         next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1]
     )

@@ -41,7 +41,7 @@ from eulerforge.optim.optimizer import build_adamw
 from eulerforge.optim.schedules import learning_rate
 from eulerforge.preflight import Preflight
 from eulerforge.train.export import gather_state, write_model_directory
-from eulerforge.train.load import load_model
+from eulerforge.train.load import ModelRequest, load_model
 from eulerforge.train.loop import LoopParts, fit
 from eulerforge.train.run_directory import NullRunDirectory, RunDirectory
 from eulerforge.train.signals import StopWatch
@@ -136,7 +136,9 @@ def _set_up(flight: Preflight, launch: LaunchDecisions, console: Console) -> Set
             flight.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos
         )
     console.say(f"Loading model from {flight.directory.path}")
-    model, parallel = load_model(flight.directory, flight.precision, preset, tokenizer, context, console)
+    model, parallel = load_model(
+        ModelRequest(flight.directory, flight.precision, preset, tokenizer, context, console)
+    )
     for warning in adopt_special_ids(model, tokenizer, flight.directory):
         console.warn(warning)
     with context.local_main_first("tokens"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,73 +35,81 @@ from eulerforge.models.tokenizer import Tokenizer
 from eulerforge.precision.plan import PrecisionPlan
 
 
-def load_model(
-    directory: ModelDirectory,
-    precision: PrecisionPlan,
-    preset: PretrainPreset,
-    tokenizer: Tokenizer,
-    context: ProcessContext,
-    console: Console,
-) -> tuple[Any, ParallelModel]:
-    """Build, grow the vocabulary, choose a strategy and apply it; the transformers model and its parallel form.
+@dataclass(frozen=True)
+class ModelRequest:
+    """What is to be loaded, and for whom."""
+
+    directory: ModelDirectory
+    precision: PrecisionPlan
+    preset: PretrainPreset
+    tokenizer: Tokenizer
+    context: ProcessContext
+    console: Console
+
+    @property
+    def seed(self) -> int:
+        """Of the initial weights."""
+        return self.preset.training.seed
+
+    def build(self) -> Any:
+        """The whole model on CPU with its weights, its vocabulary grown."""
+        model = build_model(self.directory, self.preset.trust_remote_code, self.seed).model
+        if self.context.world_size == 1:
+            self.report(model)
+        grow_vocabulary(model, self.tokenizer.vocab_size)
+        return model
+
+    def build_skeleton(self) -> Any:
+        """The model with real buffers and parameters without memory, its vocabulary grown."""
+        with parameters_on_meta():
+            model = build_model(self.directory, self.preset.trust_remote_code, self.seed, with_weights=False).model
+            self.report(model)
+            grow_vocabulary(model, self.tokenizer.vocab_size)
+        return model
+
+    def report(self, model: Any) -> None:
+        """Say what has been loaded, before the vocabulary grows."""
+        total, trainable = count_parameters(model)
+        dtype, weights = next(model.parameters()).dtype, self.directory.weights
+        origin = f"initialised from seed {self.seed}" if weights is None else weights.name
+        needed, rows = self.tokenizer.vocab_size, embedding_rows(model)
+        self.console.say(f"Model loaded: {total:,} params, {trainable:,} trainable, dtype={dtype} ({origin})")
+        self.console.say(f"Tokenizer: {self.preset.tokenizer or self.tokenizer.name} (vocab={needed})")
+        if needed > rows:
+            self.console.say(
+                f"Tokenizer vocab ({needed}) > model vocab ({rows}). Resizing model embeddings to {needed}."
+            )
+
+
+def load_model(request: ModelRequest) -> tuple[Any, ParallelModel]:
+    """Build, choose a strategy and apply it; the transformers model and its parallel form.
 
     Raises:
         ModelError: the directory cannot be built, or cannot be sharded.
     """
+    context = request.context
     if context.world_size == 1:
-        model = build_model(directory, preset.trust_remote_code, preset.training.seed).model
-        _report(model, directory, preset, tokenizer, console)
-        grow_vocabulary(model, tokenizer.vocab_size)
-        _report_memory(state_bytes(model), free_memory(context.device, 1), console)
-        name, reason = choose_strategy(preset.distributed.strategy, 1, 0, 0)
-        return model, STRATEGIES[name](model, ParallelOptions(context, precision, reason))
-    return _load_parallel(directory, precision, preset, tokenizer, context, console)
-
-
-def _load_parallel(
-    directory: ModelDirectory,
-    precision: PrecisionPlan,
-    preset: PretrainPreset,
-    tokenizer: Tokenizer,
-    context: ProcessContext,
-    console: Console,
-) -> tuple[Any, ParallelModel]:
-    """A skeleton first: it tells the size, which decides the strategy, and costs no memory."""
-    seed = preset.training.seed
-    # The first process of a node imports the directory's code before the others: transformers copies it into a cache,
-    # where a second process could read a half-written file.
-    with context.local_main_first("code"), parameters_on_meta():
-        skeleton = build_model(directory, preset.trust_remote_code, seed, with_weights=False).model
-        _report(skeleton, directory, preset, tokenizer, console)
-        grow_vocabulary(skeleton, tokenizer.vocab_size)
+        model = request.build()
+        _report_memory(state_bytes(model), free_memory(context.device, 1), request.console)
+        name, reason = choose_strategy(request.preset.distributed.strategy, 1, 0, 0)
+        return model, STRATEGIES[name](model, ParallelOptions(context, request.precision, reason))
+    # A skeleton first: it tells the size, which decides the strategy, and costs no memory. The first process of a
+    # node imports the directory's code before the others: transformers copies it into a cache, where a second
+    # process could read a half-written file.
+    with context.local_main_first("code"):
+        skeleton = request.build_skeleton()
     state = state_bytes(skeleton)
     free = free_memory(context.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    name, reason = choose_strategy(preset.distributed.strategy, context.world_size, state, free)
-    console.say(f"World size {context.world_size}, strategy {name} ({reason})")
-    options = ParallelOptions(context, precision, reason, preset.distributed.replicate)
+    distributed = request.preset.distributed
+    name, reason = choose_strategy(distributed.strategy, context.world_size, state, free)
+    request.console.say(f"World size {context.world_size}, strategy {name} ({reason})")
+    options = ParallelOptions(context, request.precision, reason, distributed.replicate)
     if name == "fsdp":
-        _report_memory(state * options.replicate // context.world_size, free, console)
-        return skeleton, _shard(skeleton, directory, preset, options)
-    _report_memory(state, free, console)
-    model = build_model(directory, preset.trust_remote_code, seed).model
-    grow_vocabulary(model, tokenizer.vocab_size)
+        _report_memory(state * options.replicate // context.world_size, free, request.console)
+        return skeleton, _shard(request, skeleton, options)
+    _report_memory(state, free, request.console)
+    model = request.build()
     return model, STRATEGIES[name](model, options)
-
-
-def _report(
-    skeleton: Any, directory: ModelDirectory, preset: PretrainPreset, tokenizer: Tokenizer, console: Console
-) -> None:
-    total, trainable = count_parameters(skeleton)
-    dtype = next(skeleton.parameters()).dtype
-    origin = f"initialised from seed {preset.training.seed}" if directory.weights is None else directory.weights.name
-    console.say(f"Model loaded: {total:,} params, {trainable:,} trainable, dtype={dtype} ({origin})")
-    console.say(f"Tokenizer: {preset.tokenizer or tokenizer.name} (vocab={tokenizer.vocab_size})")
-    rows = embedding_rows(skeleton)
-    if tokenizer.vocab_size > rows:
-        console.say(
-            f"Tokenizer vocab ({tokenizer.vocab_size}) > model vocab ({rows}). "
-            f"Resizing model embeddings to {tokenizer.vocab_size}."
-        )
 
 
 def _report_memory(state: int, free: int, console: Console) -> None:
@@ -109,22 +118,26 @@ def _report_memory(state: int, free: int, console: Console) -> None:
         console.warn(f"that is more than the {binary_size(free)} that is free.")
 
 
-def _shard(
-    skeleton: Any, directory: ModelDirectory, preset: PretrainPreset, options: ParallelOptions
-) -> ParallelModel:
-    context, rows = options.context, embedding_rows(skeleton)
+def _shard(request: ModelRequest, skeleton: Any, options: ParallelOptions) -> ParallelModel:
+    """Shard the skeleton; then one process per node writes all weights to a file, and each reads its rows."""
+    context = options.context
     parallel = STRATEGIES["fsdp"](skeleton, options)
     folder: str | None = None
     try:
         with context.local_main_first("weights"):
             if context.local_rank == 0:
                 folder = tempfile.mkdtemp(prefix="eulerforge-weights-")
-                file = Path(folder) / "weights.safetensors"
-                request = InitialWeights(
-                    str(directory.path), preset.trust_remote_code, preset.training.seed, rows, str(file)
+                file = str(Path(folder) / "weights.safetensors")
+                write_initial_weights(
+                    InitialWeights(
+                        directory=str(request.directory.path),
+                        trust_remote_code=request.preset.trust_remote_code,
+                        seed=request.seed,
+                        rows=embedding_rows(skeleton),
+                        target=file,
+                    )
                 )
-                write_initial_weights(request)
-                context.share_on_node("weights file", str(file))
+                context.share_on_node("weights file", file)
         load_shards(skeleton, Path(context.shared_on_node("weights file")))
         context.meet("weights read")
     finally:

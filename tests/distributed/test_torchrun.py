@@ -23,12 +23,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MARKER = "EULERFORGE_TEST_MARKER"
 PARENT = """
 import json, sys
-from launch import torchrun
+from launch import job, torchrun
 from launch.devices import LaunchError
 from launch.plan import LaunchRequest, resolve_plan
 try:
     asked = json.loads(sys.argv[1])
-    vars(torchrun).update(asked.pop("constants"))
+    vars(job).update(asked.pop("constants"))
     plan = resolve_plan(LaunchRequest(**asked), (), {})
     sys.exit(torchrun.run(plan, sys.argv[2:], module="tests.kit.fake_worker"))
 except LaunchError as error:

@@ -17,6 +17,7 @@ import pytest
 
 from launch import torchrun
 from launch.devices import LaunchError, choose_device, visible_gpus
+from launch.job import Job
 from launch.outcome import LAUNCH_DIR, Outcome, read_outcomes, started_by_launcher, worker_status, write_outcome
 from launch.plan import LaunchPlan, LaunchRequest, resolve_plan, split_endpoint
 from launch.processes import ready_for_signals
@@ -382,7 +383,7 @@ def test_the_root_cause_is_shown(
         (tmp_path / f"outcome-{outcome.rank}.json").write_text(json.dumps(vars(outcome)))
     (tmp_path / "agent.json").write_text(json.dumps(report))
     (tmp_path / "failing.json").write_text(json.dumps({"remote": remote}))
-    job = torchrun._Job.__new__(torchrun._Job)
+    job = Job.__new__(Job)
     job._plan = resolve_plan(LaunchRequest("cpu", nproc=2), NO_GPU, {})
     job._folder, job._killed, job._workers = tmp_path, {99}, {}
     job._given_up = job._agent_died = False
