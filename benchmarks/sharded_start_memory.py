@@ -77,7 +77,7 @@ def _records(command: list[str]) -> list[dict[str, float]]:
 
 def _worker(folder: Path) -> None:
     from eulerforge.config.load import load_preset
-    from eulerforge.distributed.context import start_processes, stop_processes
+    from eulerforge.distributed.context import finish_processes, start_processes
     from eulerforge.metrics.console import Console
     from eulerforge.models.stats import count_parameters
     from eulerforge.models.tokenizer import load_tokenizer
@@ -96,7 +96,8 @@ def _worker(folder: Path) -> None:
     record = {"rank": context.rank, "peak_mb": peak / 1024, "parameters": count_parameters(model)[0]}
     sys.stdout.write(json.dumps(record) + "\n")
     sys.stdout.flush()
-    stop_processes(context)
+    finish_processes(context, keep=model)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, traceback.format_exc(), secondary=bool(_COMMUNICATION.search(repr(error))))
     if _is_worker():
         write_outcome(code, "", secondary=False)
+        _leave(code)
     return code
 
 
@@ -76,9 +77,13 @@ def _fail(code: int, message: str, *, secondary: bool) -> int:
     if not write_outcome(code, message, secondary=secondary):
         rank = os.environ["RANK"]
         print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End a worker without handlers and destructors: those of a process group could wait for ranks that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Leave hard: handlers that run at exit, and collectives in them, could wait for ranks that are gone.
     os._exit(worker_status(code))
 
 

@@ -28,7 +28,7 @@ from eulerforge.config.checks import grad_accum_steps
 from eulerforge.config.schema import TrainingSection
 from eulerforge.data.cache import CacheSpec, TokenCache, open_or_build
 from eulerforge.data.rows import DocumentRows, PackedRows, StepBatches, require_rows
-from eulerforge.distributed.context import ProcessContext, start_processes, stop_processes
+from eulerforge.distributed.context import ProcessContext, finish_processes, start_processes
 from eulerforge.distributed.parallelize import ParallelModel
 from eulerforge.errors import TrainingError
 from eulerforge.files import publish_directory, shown_path
@@ -123,7 +123,7 @@ def pretrain(flight: Preflight, launch: LaunchDecisions, console: Console) -> Pa
             _save(setup, run.final)
             done = f"Training complete. {state.step} steps in {meter.elapsed:.1f}s."
             console.say(f"{done} Final model saved to {shown_path(run.final)}")
-        stop_processes(context)
+        finish_processes(context, keep=setup)
     return run.path
 
 

@@ -153,7 +153,16 @@ def start_processes(device: str, world_size: int, timeout_seconds: float) -> Pro
     return ProcessContext(rank, world_size, local_rank, node, chosen, PrefixStore("eulerforge", store))
 
 
-def stop_processes(context: ProcessContext) -> None:
-    """Leave the process group after an orderly end. Never called on the way out of a failure: it could hang."""
+_KEPT_ALIVE: list[object] = []
+
+
+def finish_processes(context: ProcessContext, keep: object) -> None:
+    """End a run in order: all processes meet, and each leaves by `os._exit` afterwards (see `cli.main`).
+
+    The process group is not destroyed, and `keep` (what holds DDP or FSDP) is never freed: the destructor of a gloo
+    group joins threads that may wait for the GIL, which the destructor holds. Seen with torch 2.13: a rank that had
+    finished hung for ever in the destructor of DDP's reducer.
+    """
     if context.world_size > 1:
-        dist.destroy_process_group()
+        context.meet("end")
+        _KEPT_ALIVE.append(keep)
