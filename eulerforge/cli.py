@@ -71,13 +71,13 @@ _COMMUNICATION = re.compile(r"Dist\w*Error|gloo|NCCL|Connection (closed|reset|re
 
 def _fail(code: int, message: str, *, secondary: bool) -> int:
     """Report an error once: to the launcher if it started this process, else on stderr."""
-    if not _is_worker():
-        print(message, file=sys.stderr)
-        return code
-    if not write_outcome(code, message, secondary=secondary):
-        rank = os.environ["RANK"]
-        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
-    _leave(code)
+    if _is_worker():
+        if not write_outcome(code, message, secondary=secondary):
+            rank = os.environ["RANK"]
+            print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+        _leave(code)
+    print(message, file=sys.stderr)
+    return code
 
 
 def _leave(code: int) -> NoReturn:
