@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.inputs import write_inputs
+
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -52,21 +54,13 @@ def main() -> None:
 
 
 def _prepare(folder: Path) -> None:
-    from eulerforge.quickstart import train_tokenizer, write_corpus
-
-    write_corpus(folder / "corpus.jsonl")
-    train_tokenizer(folder / "corpus.jsonl", folder / "tokenizer", 1024)
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
-    (folder / "preset.yml").write_text(f"""
-device: cpu
-model_dir: {folder}/model
-tokenizer: {folder}/tokenizer
-output_dir: {folder}/run
-data: {{path: {folder}/corpus.jsonl, max_length: 64, cache_dir: {folder}/cache}}
-training: {{max_steps: 1, dtype: float32, amp: false}}
-distributed: {{strategy: fsdp}}
-""")
+    preset = {
+        "output_dir": str(folder / "run"),
+        "data": {"max_length": 64},
+        "training": {"max_steps": 1, "dtype": "float32", "amp": False},
+        "distributed": {"strategy": "fsdp"},
+    }
+    write_inputs(folder, MODEL, 1024, preset)
 
 
 def _records(command: list[str]) -> list[dict[str, float]]:

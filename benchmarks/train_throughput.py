@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.inputs import write_inputs
+
 ROUNDS = 3
 STEPS = 30
 WARMUP = 10
@@ -63,19 +65,8 @@ def _environment() -> dict[str, str]:
 
 
 def _prepare(folder: Path) -> None:
-    from eulerforge.quickstart import train_tokenizer, write_corpus
-
-    write_corpus(folder / "corpus.jsonl")
-    train_tokenizer(folder / "corpus.jsonl", folder / "tokenizer", 8192)
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
-    (folder / "preset.yml").write_text(f"""
-device: cpu
-model_dir: {folder}/model
-tokenizer: {folder}/tokenizer
-data: {{path: {folder}/corpus.jsonl, max_length: {LENGTH}, cache_dir: {folder}/cache}}
-training: {{max_steps: {STEPS}, batch_size: {BATCH}, log_steps: 1, lr: 1e-3, dtype: float32, amp: false}}
-""")
+    training = {"max_steps": STEPS, "batch_size": BATCH, "log_steps": 1, "lr": 1e-3, "dtype": "float32", "amp": False}
+    write_inputs(folder, MODEL, 8192, {"data": {"max_length": LENGTH}, "training": training})
 
 
 def _run_eulerforge(folder: Path) -> list[float]:

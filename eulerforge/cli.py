@@ -25,7 +25,7 @@ from eulerforge import __version__, quickstart
 from eulerforge.config.checks import check_replicas, grad_accum_steps
 from eulerforge.config.load import load_preset
 from eulerforge.config.schema import json_schema
-from eulerforge.errors import EulerForgeError, PeerFailedError, StoppedError, UsageError
+from eulerforge.errors import EulerForgeError, PeerFailedError, StoppedError, TrainingError, UsageError
 from eulerforge.files import shown_path
 from eulerforge.metrics.console import Console
 from eulerforge.preflight import Preflight, inspect
@@ -265,10 +265,13 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     # A new process shows that final/ needs nothing of this one.
     sample = subprocess.run(
         [sys.executable, "-m", "eulerforge.quickstart", str(run / "final")],
-        check=True,
+        check=False,
         capture_output=True,
         text=True,
     )
+    if sample.returncode:
+        print(sample.stderr, file=sys.stderr, end="")
+        raise TrainingError(f"{run / 'final'} could not be loaded in a new process", "see the traceback above")
     console.say("Sample from final/, loaded by plain transformers in a new process:")
     for line in sample.stdout.splitlines():
         console.say(f"  {line}")

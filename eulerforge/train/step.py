@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -103,8 +104,9 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
     context = parts.context
     targets, tokens = context.sum([sum(batch.targets for batch in batches), sum(batch.tokens for batch in batches)])
     own_loss, own_aux = accumulate_gradients(parts, batches, round(targets))
-    fill_missing_gradients(parts.parameters)
-    grad_norm = clip_gradients(parts.parameters, parts.max_grad_norm)
+    parameters = parts.parameters
+    fill_missing_gradients(parameters)
+    grad_norm = clip_gradients(parameters, parts.max_grad_norm)
     # One small reduction carries all that ranks must agree on.
     loss, aux, stop = context.sum([own_loss, own_aux or 0.0, float(parts.stop_requested())])
     result = StepResult(
@@ -123,7 +125,7 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
 def _require_finite(step: int, result: StepResult) -> None:
     values = {"loss": result.loss, "aux_loss": result.aux_loss, "grad_norm": result.grad_norm}
     for name, value in values.items():
-        if value is not None and not torch.isfinite(torch.tensor(value)):
+        if value is not None and not math.isfinite(value):
             raise TrainingError(
                 f"step {step}: {name} is {value} (loss {result.loss}, grad_norm {result.grad_norm}); stopped before "
                 "the optimiser step, earlier checkpoints are kept",

@@ -213,32 +213,27 @@ def test_the_optimiser_has_state_for_parameters_that_are_never_used(ready: Works
     assert "state of 18 parameters" in result.out  # 2 x (3 experts x 2 + linear's 2) + embedding + head
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_see_disjoint_rows_that_are_the_reference_s(
-    ready: Workspace, monkeypatch: pytest.MonkeyPatch, strategy: str
-) -> None:
+def test_a_model_without_blocks_is_not_sharded_as_one_giant_unit(ready: Workspace) -> None:
+    preset = _preset(ready, write_custom(ready.path / "model", "probe"), distributed__strategy="fsdp")
+    done = run_command(
+        "pretrain", "--preset", preset, "--nproc", "2", "--output-dir", "two", cwd=ready.path,
+        PROBE_DIR=str(ready.path),
+    )  # fmt: skip
+    assert done.code == 2
+    assert done.err.count("no repeated blocks found to shard") == 1
+    assert not (ready.path / "two").exists()
+
+
+def test_ranks_see_disjoint_rows_that_are_the_reference_s(ready: Workspace) -> None:
     model = write_custom(ready.path / "model", "probe")
-    values: dict[str, Any] = {"data__packing": True, "training__max_steps": 5}
-    if strategy == "fsdp":
-        # The probe has no blocks to shard: that is an error, never one giant unit.
-        preset = _preset(ready, model, **values)
-        (ready.path / "probe").mkdir()
-        done = run_command(
-            "pretrain", "--preset", preset, "--nproc", "2", "--set", "distributed.strategy=fsdp",
-            "--output-dir", "two", cwd=ready.path, PROBE_DIR=str(ready.path / "probe"),
-        )  # fmt: skip
-        assert done.code == 2
-        assert done.err.count("no repeated blocks found to shard") == 1
-        assert not (ready.path / "two").exists()
-        return
-    preset = _preset(ready, model, **values)
+    preset = _preset(ready, model, data__packing=True, training__max_steps=5, distributed__strategy="ddp")
     seen: dict[str, list[list[list[int]]]] = {}
     for name, nproc in (("one", 1), ("two", 2)):
         folder = ready.path / f"probe-{name}"
         folder.mkdir()
         done = run_command(
-            "pretrain", "--preset", preset, "--nproc", str(nproc), "--set", f"distributed.strategy={strategy}",
-            "--output-dir", name, cwd=ready.path, PROBE_DIR=str(folder),
+            "pretrain", "--preset", preset, "--nproc", str(nproc), "--output-dir", name, cwd=ready.path,
+            PROBE_DIR=str(folder),
         )  # fmt: skip
         assert done.code == 0, done.err
         for path in sorted(folder.glob("rank*.jsonl")):

@@ -42,6 +42,20 @@ from transformers.modeling_outputs import CausalLMOutput
 from .configuration_kit import KitConfig
 """
 
+_ACCESSORS = """def get_input_embeddings(self):
+        return self.embed
+
+    def set_input_embeddings(self, value):
+        self.embed = value
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, value):
+        self.head = value
+"""
+"""Stands where a model's code says #ACCESSORS."""
+
 _PROBE = '''
 
 class KitModel(PreTrainedModel):
@@ -56,17 +70,7 @@ class KitModel(PreTrainedModel):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embed
-
-    def set_input_embeddings(self, value):
-        self.embed = value
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def set_output_embeddings(self, value):
-        self.head = value
+    #ACCESSORS
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, use_cache=None):
         rank = os.environ.get("RANK", "0")
@@ -126,17 +130,7 @@ class KitModel(PreTrainedModel):
         self.offsets = torch.arange(config.hidden_size) / config.hidden_size
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embed
-
-    def set_input_embeddings(self, value):
-        self.embed = value
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def set_output_embeddings(self, value):
-        self.head = value
+    #ACCESSORS
 
     def forward(self, input_ids):
         return CausalLMOutput(logits=self.head(self.embed(input_ids) * self.table + self.offsets))
@@ -355,7 +349,7 @@ def write_custom(path: Path, code: str, /, **config: Any) -> Path:
     # Unlike code in each kind: transformers maps a configuration class to one model class per process, so two kinds
     # with the same configuration file would share the model of whichever came first.
     (path / "configuration_kit.py").write_text(f"# {code}\n{_CONFIGURATION}")
-    (path / "modeling_kit.py").write_text(_HEADER + CODE[code])
+    (path / "modeling_kit.py").write_text((_HEADER + CODE[code]).replace("#ACCESSORS", _ACCESSORS))
     (path / "helper_kit.py").write_text(_HELPER)
     (path / "constants_kit.py").write_text("BASE = 8.0\n")
     values = {
