@@ -29,6 +29,7 @@ from eulerforge.errors import EulerForgeError, PeerFailedError, StoppedError, Tr
 from eulerforge.files import shown_path
 from eulerforge.metrics.console import Console
 from eulerforge.preflight import Preflight, inspect
+from eulerforge.train.signals import StopWatch
 from launch import torchrun
 from launch.devices import LaunchError, visible_gpus
 from launch.outcome import worker_status, write_outcome
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code (0 done, 1 failed, 2 wrong input)."""
+    """Run the command line; the exit code (0 done, 1 failed, 2 wrong input, 75 stopped in order)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A log in an ASCII locale must not end a run because of an arrow in a line.
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         code: int = arguments.run(arguments)
     except EulerForgeError as error:
-        return _fail(error.exit_code, error.render(), secondary=isinstance(error, StoppedError | PeerFailedError))
+        return _fail(error.exit_code, error.render(), secondary=isinstance(error, PeerFailedError))
+    except StoppedError as stop:
+        return _stop(stop)
     except KeyboardInterrupt:
         return _fail(1, "Interrupted.", secondary=True)
     except Exception as error:
@@ -80,11 +83,24 @@ def _fail(code: int, message: str, *, secondary: bool) -> int:
     return code
 
 
-def _leave(code: int) -> NoReturn:
+def _stop(stop: StoppedError) -> int:
+    """End in order on a signal."""
+    message = "" if stop.agreed else f"[Pretrain] {stop}. Nothing is lost: run it again, with --resume or without."
+    if not _is_worker():
+        if message:
+            print(message, file=sys.stderr)
+        return stop.exit_code
+    if not write_outcome(stop.exit_code, message, secondary=False) and message and _is_main():
+        print(message, file=sys.stderr)
+    # Where the processes have not agreed, torchrun must take this for a failure and end the others.
+    return _leave(stop.exit_code, agreed=stop.agreed)
+
+
+def _leave(code: int, *, agreed: bool = True) -> NoReturn:
     """End a worker without handlers and destructors: those of a process group could wait for ranks that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(worker_status(code))
+    os._exit(worker_status(code) if agreed else code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         help="override a preset value, for example --set training.lr=1e-4 (may be repeated)",
     )
     pretrain.add_argument("--output-dir", metavar="DIR", help="run directory (same as --set output_dir=DIR)")
+    pretrain.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on from the newest complete checkpoint of the run directory, or from DIR (a run or a checkpoint-N)",
+    )
     pretrain.add_argument(
         "--validate-only", action="store_true", help="check preset, model directory, tokenizer and data, then stop"
     )
@@ -140,24 +163,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
+    with StopWatch().listening() as watch:
+        return _pretrain_until(arguments, watch)
+
+
+def _pretrain_until(arguments: argparse.Namespace, watch: StopWatch) -> int:
     console = _console()
     loaded = load_preset(arguments.preset, _overrides(arguments))
     # On other nodes the run directory may have been begun by rank 0 when they come to look at it.
-    flight = inspect(loaded, owns_output=_is_main() and not arguments.node_rank)
+    flight = inspect(loaded, arguments.resume, owns_output=_is_main() and not arguments.node_rank)
     if arguments.validate_only:
         _announce(flight, console)
         console.say(f"Device: {flight.preset.device}")
         return 0
     plan = _plan(flight, arguments)
+    done, steps = flight.run_plan.finished_step(), flight.preset.training.max_steps
+    if done is not None and done >= steps and not arguments.dry_run:
+        console.say(f"The run in {flight.run_plan.output_dir} has finished: step {done} of {steps}. Nothing to do.")
+        return 0
     if arguments.dry_run:
         _describe(plan, flight, arguments)
         return 0
     if plan.mode == "torchrun":
         for line in (*map("Warning: {}".format, plan.warnings), *plan.reasons):
             console.say(line)
+        watch.defer()  # from here on the launcher handles signals
         with _launch_errors():
             return torchrun.run(plan, _worker_arguments(arguments))
-    _train(flight, plan, console)
+    _train(flight, plan, console, watch)
     return 0
 
 
@@ -203,7 +236,8 @@ def _launch_errors() -> Iterator[None]:
 def _worker_arguments(arguments: argparse.Namespace) -> list[str]:
     """The command line of a worker: this one, without what only the launcher needs."""
     overrides = [part for override in _overrides(arguments) for part in ("--set", override)]
-    return ["pretrain", "--preset", str(arguments.preset), *overrides]
+    resume = [] if arguments.resume is None else ["--resume", *filter(None, [arguments.resume])]
+    return ["pretrain", "--preset", str(arguments.preset), *overrides, *resume]
 
 
 def _describe(plan: LaunchPlan, flight: Preflight, arguments: argparse.Namespace) -> None:
@@ -235,7 +269,9 @@ def _announce(flight: Preflight, console: Console) -> None:
         console.warn(warning)
 
 
-def _train(flight: Preflight, plan: LaunchPlan, console: Console) -> Path:
+def _train(flight: Preflight, plan: LaunchPlan, console: Console, watch: StopWatch) -> Path:
+    if flight.preset.training.max_minutes is not None:
+        watch.set_timer(flight.preset.training.max_minutes)
     _announce(flight, console)
     for warning in plan.warnings:
         console.warn(warning)
@@ -243,7 +279,7 @@ def _train(flight: Preflight, plan: LaunchPlan, console: Console) -> Path:
 
     from eulerforge.worker import LaunchDecisions, pretrain
 
-    return pretrain(flight, LaunchDecisions(plan.device, plan.world_size, plan.reasons), console)
+    return pretrain(flight, LaunchDecisions(plan.device, plan.world_size, plan.reasons), console, watch)
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -261,7 +297,8 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     device = flight.preset.device
     with _launch_errors():
         plan = resolve_plan(LaunchRequest(device, nproc=1), () if device == "cpu" else visible_gpus(), os.environ)
-    run = _train(flight, plan, _console())
+    with StopWatch().listening() as watch:
+        run = _train(flight, plan, _console(), watch)
     # A new process shows that final/ needs nothing of this one.
     sample = subprocess.run(
         [sys.executable, "-m", "eulerforge.quickstart", str(run / "final")],

@@ -114,16 +114,38 @@ class OutputError(InputError):
     default_see = "docs/output.md"
 
 
-class StoppedError(EulerForgeError):
-    """The run was asked to stop while it was being set up."""
+class ResumeError(InputError):
+    """The run cannot be resumed as it was asked to be."""
 
-    default_see = "docs/training.md"
+    default_see = "docs/checkpoints.md"
+
+
+class StoppedError(BaseException):
+    """The run was asked to stop; not a failure. Not an `Exception`, so that no `except Exception` of other code,
+    in which a signal may find the program, takes it for its own.
+
+    Args:
+        message: for the user.
+        agreed: all processes stop together. Otherwise the others have yet to be ended.
+    """
+
+    exit_code = 75
+
+    def __init__(self, message: str, *, agreed: bool) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class PeerFailedError(EulerForgeError):
     """Another process of the run failed; its own message says why."""
 
     default_see = "docs/distributed.md"
+
+
+class CheckpointError(EulerForgeError):
+    """A checkpoint could not be written. Those written before are kept."""
+
+    default_see = "docs/checkpoints.md"
 
 
 class TrainingError(EulerForgeError):

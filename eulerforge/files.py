@@ -10,48 +10,85 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".tmp"
+"""Ending of what is being written; the name begins with a dot."""
+
 
 def write_json(path: Path, values: Any) -> None:
     """Replace a JSON file in one move; a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one move."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
+        with temporary.open("wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
+
+
+def begin_directory(target: Path) -> Path:
+    """Make the temporary sibling in which a directory is written before `publish` gives it its name.
+
+    A leftover of a killed process is removed. The parent is not made: when it is gone (an unmounted disk), writing
+    somewhere else would lose the data.
+    """
+    temporary = target.with_name(f".{target.name}{TEMPORARY}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, target: Path, *, replace: bool = False) -> None:
+    """Give a complete, synced directory its name.
+
+    Args:
+        replace: an older directory of that name is moved aside first and removed last.
+    """
+    old = target.with_name(f".{target.name}.old{TEMPORARY}")
+    if replace and target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    temporary.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def publish_directory(target: Path) -> Iterator[Path]:
+def publish_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Write a directory under a temporary name and rename it when the block ends without an exception.
+
+    Args:
+        replace: see `publish`.
 
     Yields:
         the temporary sibling to write into. After an exception it is removed and `target` is as before.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = begin_directory(target)
     try:
         yield temporary
         sync_tree(temporary)
-        temporary.rename(target)
+        publish(temporary, target, replace=replace)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_directory(target.parent)
 
 
 def sync_tree(folder: Path) -> None:
     """Force all files of a folder, and its list of names, to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            _sync_file(path)
-    _sync_directory(folder)
+            sync_file(path)
+        elif path.is_dir():
+            sync_directory(path)
+    sync_directory(folder)
 
 
 def shown_path(path: Path) -> str:
@@ -59,12 +96,14 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Force a file's content to disk."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Force a directory's list of names to disk."""
     if os.name != "posix":
         return  # Windows has no fsync of directories.
     descriptor = os.open(path, os.O_RDONLY)

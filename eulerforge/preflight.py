@@ -21,7 +21,7 @@ from eulerforge.errors import DataError, InputError, ModelError, Problem, Tokeni
 from eulerforge.models.blocks import find_blocks
 from eulerforge.models.directory import TOKENIZER_FILES, ModelDirectory
 from eulerforge.precision.plan import PrecisionPlan, plan_precision
-from eulerforge.train.run_directory import check_output_dir
+from eulerforge.train.resume import RunPlan, plan_run
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ class Preflight:
         files: the corpus.
         cache_dir: where token caches lie.
         precision: how numbers are held.
+        run_plan: where the run writes, and what it begins with.
     """
 
     loaded: LoadedPreset
@@ -49,12 +50,14 @@ class Preflight:
     files: tuple[Path, ...]
     cache_dir: Path
     precision: PrecisionPlan
+    run_plan: RunPlan
 
 
-def inspect(loaded: LoadedPreset, owns_output: bool = True) -> Preflight:
+def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool = True) -> Preflight:
     """Check a preset against what it names.
 
     Args:
+        resume: the value of `--resume`, "" for none, None without the option.
         owns_output: whether this process makes the run directory. Another rank may come to look at it when rank 0
             has begun to fill it.
 
@@ -67,8 +70,9 @@ def inspect(loaded: LoadedPreset, owns_output: bool = True) -> Preflight:
     files = attempts.run(lambda: resolve_files(str(preset.data.path)))
     if files:
         attempts.run(lambda: _peek(files, preset))
-    if owns_output:
-        attempts.run(lambda: check_output_dir(preset.output_dir))
+    plan: RunPlan | None = RunPlan(preset.output_dir)
+    if owns_output or resume is not None:
+        plan = attempts.run(lambda: plan_run(preset.output_dir, resume))
     cache_dir = attempts.run(lambda: _check_cache_dir(preset.data.cache_dir))
     if directory is None:
         raise attempts.error()
@@ -79,9 +83,14 @@ def inspect(loaded: LoadedPreset, owns_output: bool = True) -> Preflight:
     precision = attempts.run(
         lambda: plan_precision(training.dtype, training.amp, training.precision_check, find_blocks(directory))
     )
-    if attempts.failed or files is None or tokenizer is None or precision is None or cache_dir is None:
+    if attempts.failed:
         raise attempts.error()
-    return Preflight(loaded, preset, hints, directory, tokenizer, files, cache_dir, precision)
+    assert files is not None
+    assert tokenizer is not None
+    assert precision is not None
+    assert cache_dir is not None
+    assert plan is not None
+    return Preflight(loaded, preset, hints, directory, tokenizer, files, cache_dir, precision, plan)
 
 
 class _Attempts:

@@ -112,15 +112,16 @@ class Job:
         report = _read_object(self._folder / REPORT)
         failures = report.get("failures", [])
         orderly = [outcome for outcome in outcomes if outcome.orderly]
+        stopped = [outcome for outcome in orderly if outcome.exit_code == 75]
         if len(orderly) == self._plan.nproc or (len(orderly) == len(outcomes) and report.get("succeeded")):
-            return (75 if any(outcome.exit_code == 75 for outcome in orderly) else 0), ""
+            return (75, _message(stopped)) if stopped else (0, "")
         if self._given_up:
             return 75, f"Stopped by {self._received[0][0].name} before the processes had started."
         outcome = _first(outcomes, secondary=False)
         if outcome is None and self._agent_died:
             return 1, self._torchrun_failed(report)
         if outcome is None:
-            told = {outcome.rank for outcome in outcomes if not outcome.orderly}
+            told = {outcome.rank for outcome in outcomes}
             deaths = [failure for failure in failures if failure["rank"] not in told]
             # The agent ends the others with SIGTERM, and this process with SIGKILL: those deaths are consequences.
             causes = [
@@ -130,6 +131,8 @@ class Job:
             ]
             if causes:
                 return 1, _death(causes[0])
+            if stopped:  # one stopped while the run was being set up, and the others were ended
+                return 75, _message(stopped)
             outcome = _first(outcomes, secondary=True)
             if outcome is None and self._failed_elsewhere():
                 return 1, _ELSEWHERE
@@ -189,6 +192,10 @@ class Job:
 def _first(outcomes: Sequence[Outcome], *, secondary: bool) -> Outcome | None:
     found = [outcome for outcome in outcomes if not outcome.orderly and outcome.secondary is secondary]
     return min(found, key=lambda outcome: outcome.time, default=None)
+
+
+def _message(outcomes: Sequence[Outcome]) -> str:
+    return next((outcome.message for outcome in outcomes if outcome.message), "")
 
 
 def _death(failure: dict[str, int]) -> str:

@@ -27,7 +27,7 @@ class Outcome:
     Attributes:
         rank: the rank.
         exit_code: the exit code of `eulerforge` that it stands for.
-        message: what to show the user; empty for an orderly end.
+        message: what to show the user; empty for an end that needs no words.
         secondary: the error only follows from the end of another rank.
         time: when, in seconds since the epoch.
     """

@@ -148,11 +148,14 @@ def _check_port(port: int) -> None:
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[deque[signal.Signals]]:
-    """Collect stop signals instead of dying of them."""
+    """Collect stop signals instead of dying of them. Once there was one, a second must not kill this process while it
+    leaves in order: the handlers then stay."""
     caught: deque[signal.Signals] = deque()
+    seen: list[signal.Signals] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number))
+        seen.append(signal.Signals(number))
 
     if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
         yield caught
@@ -162,4 +165,5 @@ def _caught_signals() -> Iterator[deque[signal.Signals]]:
         yield caught
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not seen:
+                signal.signal(number, handler)

@@ -83,8 +83,6 @@ def unavailable_problems(preset: PretrainPreset) -> Iterator[Finding]:
             "this version tokenises in one process (with threads)",
             "set it to auto or 1",
         )
-    if training.keep_checkpoints != "all":
-        yield "training.keep_checkpoints", "this version keeps every checkpoint", "set it to all"
     if training.activation_checkpointing:
         yield "training.activation_checkpointing", "not available in this version", "set it to false"
     if training.compile:

@@ -91,7 +91,15 @@ class TrainingSection(Section):
     log_steps: PositiveInt = Field(10, description="Steps between log lines.")
     save_steps: PositiveInt = Field(500, description="Steps between checkpoints; the last step is always saved.")
     keep_checkpoints: Annotated[Literal["all"] | int, BeforeValidator(to_count_or("all"))] = Field(
-        "all", description="How many checkpoints to keep. This version keeps all."
+        "all", description="How many checkpoints to keep; older ones are removed once a newer one is complete."
+    )
+    async_checkpoint: Bool = Field(
+        False,
+        description="Copy the state and go on training while a checkpoint is written; needs memory for the copy.",
+    )
+    max_minutes: PositiveFloat | None = Field(
+        None,
+        description="Save and stop (exit code 75) this many minutes after the start of the command.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Precision. Default: bfloat16, or float32 when the model holds FFT blocks."
@@ -144,7 +152,8 @@ class PretrainPreset(Section):
     trust_remote_code: Bool = Field(False, description="Allow the model directory's own Python code to run.")
     tokenizer: Text | None = Field(None, description="HF name or path. Default: the model directory's tokenizer.")
     output_dir: Text | None = Field(
-        None, description="Run directory, new or empty. Default: outputs/pretrain_YYYYmmdd_HHMMSS."
+        None,
+        description="Run directory, new or empty without --resume. Default: outputs/pretrain_YYYYmmdd_HHMMSS.",
     )
     data: DataSection
     training: TrainingSection

@@ -2,7 +2,7 @@
 
     <cache_dir>/<key>/tokens.bin     token ids of all documents, one after the other (uint16 or uint32, little-endian)
     <cache_dir>/<key>/offsets.npy    int64, documents + 1: document d is tokens[offsets[d]:offsets[d + 1]]
-    <cache_dir>/<key>/meta.json      counts and everything the key was made of
+    <cache_dir>/<key>/meta.json      counts, a digest of the content, and everything the key was made of
 
 The key covers the tokenizer's content, each file's identity (path, size, modification time), the text column and the
 BOS/EOS policy. The folder is written under a temporary name and renamed when complete, so a killed build leaves
@@ -30,7 +30,7 @@ from eulerforge.data.sources import DocumentCounts, iter_documents
 from eulerforge.errors import DataError
 from eulerforge.files import sync_tree, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _GROUP_DOCUMENTS = 1024
 _GROUP_CHARACTERS = 4_000_000
 
@@ -72,6 +72,7 @@ class TokenCache:
         tokens: all ids, memory-mapped, shape (total,).
         offsets: document boundaries, shape (documents + 1,).
         counts: what was met while reading the corpus.
+        digest: SHA-256 of ids and boundaries, the same wherever the corpus lies.
         reused: whether it was found rather than built.
     """
 
@@ -79,6 +80,7 @@ class TokenCache:
     tokens: Tokens
     offsets: npt.NDArray[np.int64]
     counts: DocumentCounts
+    digest: str
     reused: bool
 
     @property
@@ -148,7 +150,7 @@ def _open(folder: Path, reused: bool) -> TokenCache:
     if size != meta["tokens"] * dtype.itemsize or int(offsets[-1]) != meta["tokens"]:
         raise ValueError(f"{size} bytes of tokens, expected {meta['tokens'] * dtype.itemsize}")
     tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
-    return TokenCache(folder, tokens, offsets, counts, reused)
+    return TokenCache(folder, tokens, offsets, counts, meta["digest"], reused)
 
 
 def _build(
@@ -171,16 +173,25 @@ def _build(
         counts = DocumentCounts()
         dtype = np.dtype("<u2" if encoder.largest_id < 2**16 else "<u4")
         documents = iter_documents(spec.files, spec.text_column, spec.on_bad_line, counts)
+        content = hashlib.sha256()
         with (temporary / "tokens.bin").open("wb") as sink:
             offsets = array("q", [0])
             for ids in _encoded(documents, spec, encoder, dtype):
-                sink.write(ids.tobytes())
+                sink.write(data := ids.tobytes())
+                content.update(data)
                 offsets.append(offsets[-1] + len(ids))
         _require_documents(spec, counts)
         boundaries = np.array(offsets, dtype=np.int64)
         check(boundaries)
         np.save(temporary / "offsets.npy", boundaries)
-        meta = {"dtype": dtype.str, "tokens": int(boundaries[-1]), "counts": asdict(counts), "identity": identity}
+        content.update(boundaries.tobytes())
+        meta = {
+            "dtype": dtype.str,
+            "tokens": int(boundaries[-1]),
+            "digest": content.hexdigest(),
+            "counts": asdict(counts),
+            "identity": identity,
+        }
         write_json(temporary / "meta.json", meta)
         sync_tree(temporary)
         _publish(temporary, folder)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from eulerforge.errors import PeerFailedError
 
-T = TypeVar("T")
 _POLL_SECONDS = 0.05
 _DONE, _FAILED = "done", "failed"
 
@@ -61,20 +59,52 @@ class ProcessContext:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def broadcast(self, make: Callable[[], T]) -> T:
-        """The value that rank 0 makes, on every process."""
-        if self.world_size == 1:
+    def from_main(self, name: str, make: Callable[[], str]) -> str:
+        """The text that rank 0 makes, on every process, however long it takes (`name` is used once in a run).
+
+        Raises:
+            PeerFailedError: rank 0 failed to make it.
+        """
+        if self.store is None:
             return make()
-        holder: list[Any] = [make() if self.is_main else None]
-        dist.broadcast_object_list(holder, src=0, device=self.device)
-        return holder[0]
+        with self.main_first(name):
+            if self.is_main:
+                self.store.set(f"from_main/{name}", make())
+        return self.store.get(f"from_main/{name}").decode()
+
+    def gather(self, name: str, text: str) -> list[str]:
+        """The texts of all processes by rank, on rank 0; an empty list elsewhere (`name` is used once in a run)."""
+        if self.store is None:
+            return [text]
+        keys = [f"gather/{name}/{rank}" for rank in range(self.world_size)]
+        self.store.set(keys[self.rank], text)
+        if not self.is_main:
+            return []
+        while not self.store.check(keys):
+            time.sleep(_POLL_SECONDS)
+        return [self.store.get(key).decode() for key in keys]
 
     def meet(self, name: str) -> None:
         """Wait until every process has come here, however long that takes (`name` is used once in a run)."""
+        self.meet_unless(name, lambda: False)
+
+    def meet_unless(self, name: str, stop: Callable[[], bool]) -> bool:
+        """As `meet`, but any process may call the meeting off; whether it took place, the same on all that came.
+
+        Args:
+            stop: asked while waiting; True calls it off.
+        """
         if self.store is None:
-            return
+            return not stop()
+        verdict = f"meet/{name}/verdict"
         arrived = self.store.add(f"meet/{name}", 1)
-        while arrived < self.world_size:
+        while True:
+            if stop() or arrived == self.world_size:
+                # Of two processes that see it differently at the same time, the first decides for both.
+                held = b"off" if stop() else b"held"
+                return self.store.compare_set(verdict, "", held.decode()) == b"held"
+            if self.store.check([verdict]):
+                return self.store.get(verdict) == b"held"
             time.sleep(_POLL_SECONDS)
             arrived = self.store.add(f"meet/{name}", 0)
 

@@ -17,10 +17,12 @@ class SpeedMeter:
 
     Args:
         clock: seconds, monotonic.
+        before: seconds of training before a resume.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, before: float = 0.0) -> None:
         self._clock = clock
+        self._before = before
         self._start = clock()
         self._marks: deque[tuple[float, int]] = deque([(self._start, 0)], maxlen=_WINDOW + 1)
 
@@ -30,8 +32,8 @@ class SpeedMeter:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the meter was made."""
-        return self._clock() - self._start
+        """Seconds of training."""
+        return self._before + self._clock() - self._start
 
     @property
     def steps_per_second(self) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from eulerforge.files import write_bytes
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import clock_time
 
@@ -76,10 +78,10 @@ class Tracker(Protocol):
 class ConsoleTracker:
     """The step lines and the progress bar."""
 
-    def __init__(self, console: Console, max_steps: int) -> None:
+    def __init__(self, console: Console, max_steps: int, done: int = 0) -> None:
         self._console = console
         self._max_steps = max_steps
-        console.start_bar(max_steps, 0)
+        console.start_bar(max_steps, done)
 
     def step(self, metrics: StepMetrics) -> None:
         self._console.advance_bar({"loss": f"{metrics.loss:.4f}", "tok/s": f"{metrics.tokens_per_second:,.0f}"})
@@ -119,13 +121,36 @@ class JsonlTracker:
         self._file.close()
 
 
-class TensorBoardTracker:
-    """TensorBoard scalars under the run directory."""
+def cut_metrics(path: Path, step: int) -> int:
+    """Remove the lines of steps after `step` (and a line that a killed process has not finished); their number."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of_line(line) <= step]
+    if len(kept) < len(lines):
+        write_bytes(path, b"".join(kept))
+    return len(lines) - len(kept)
 
-    def __init__(self, folder: Path) -> None:
+
+def _step_of_line(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+
+
+class TensorBoardTracker:
+    """TensorBoard scalars under the run directory.
+
+    Args:
+        done: steps done before a resume. Later points of an earlier process are dropped by TensorBoard.
+    """
+
+    def __init__(self, folder: Path, done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(folder))
+        # A first run has nothing to drop, and its file should not look like a restart.
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=done + 1 if folder.exists() else None)
 
     def step(self, metrics: StepMetrics) -> None:
         """Only logged steps are written."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from eulerforge.errors import ModelError, reason_of
-from eulerforge.models.directory import ModelDirectory
+from eulerforge.models.directory import ModelDirectory, find_weights
 from eulerforge.models.weights import read_weights
 
 _SHOWN_KEYS = 4
@@ -63,7 +63,7 @@ def build_model(
             parameter.data = parameter.data.float()
     origin = f"initialised from seed {seed}"
     if directory.weights is not None and with_weights:
-        _load_weights(model, directory, trust_remote_code)
+        load_weights(model, directory.weights, directory, trust_remote_code)
         origin = directory.weights.name
     model.tie_weights()
     return BuiltModel(model, origin)
@@ -86,20 +86,48 @@ def _as_model_error(directory: ModelDirectory, what: str) -> Iterator[None]:
         ) from error
 
 
-def _load_weights(model: Any, directory: ModelDirectory, trust_remote_code: bool) -> None:
-    """Copy every tensor of the weight files into the model; all of them must fit, and none may be missing.
+def build_grown(
+    directory: ModelDirectory,
+    trust_remote_code: bool,
+    seed: int,
+    rows: int,
+    checkpoint: Path | None,
+    report: Callable[[Any], None] = lambda model: None,
+) -> Any:
+    """The model with `rows` embedding rows at least; on CPU, in float32.
+
+    Args:
+        checkpoint: where the weights come from, None for the directory's own (or fresh ones).
+        report: told the model before it grows.
+
+    Raises:
+        ModelError: as `build_model` and `grow_vocabulary` raise it, or the checkpoint's weights do not fit.
+    """
+    model = build_model(directory, trust_remote_code, seed, with_weights=checkpoint is None).model
+    report(model)
+    grow_vocabulary(model, rows)
+    if checkpoint is not None:
+        weights = find_weights(checkpoint)
+        if weights is None:
+            raise ModelError(f"{checkpoint} holds no weights", "resume from another checkpoint")
+        load_weights(model, weights, directory, trust_remote_code)
+        model.tie_weights()
+    return model
+
+
+def load_weights(model: Any, weights: Path, directory: ModelDirectory, trust_remote_code: bool) -> None:
+    """Copy every tensor of a weight file (or index) into the model; all must fit, and none may be missing.
 
     Files whose names are the model's own (custom code, most architectures) are read tensor by tensor. Where
     transformers stores an architecture under other names (fused experts of Mixtral, for example), it does the
     conversion, and its result is copied, so that the buffers stay those of the fresh model.
     """
-    assert directory.weights is not None
     state = model.state_dict()
     aliases = _aliases(state)
     ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     missing, unexpected, misshaped = set(state), [], []
     with torch.no_grad():
-        for name, tensor in read_weights(directory.weights):
+        for name, tensor in read_weights(weights):
             if name not in state:
                 if not any(pattern.search(name) for pattern in ignorable):
                     unexpected.append(name)
@@ -110,7 +138,7 @@ def _load_weights(model: Any, directory: ModelDirectory, trust_remote_code: bool
                 state[name].copy_(tensor)
                 missing -= aliases[name]
     if unexpected and missing and not misshaped:
-        report = _load_converted(model, directory, trust_remote_code)
+        report = _load_converted(model, weights.parent, directory, trust_remote_code)
         missing, unexpected, misshaped = set(report[0]), list(report[1]), list(report[2])
     faults = [
         f"{len(keys)} {kind}: {', '.join(sorted(keys)[:_SHOWN_KEYS])}" + (", ..." if len(keys) > _SHOWN_KEYS else "")
@@ -119,7 +147,7 @@ def _load_weights(model: Any, directory: ModelDirectory, trust_remote_code: bool
     ]
     if faults:
         raise ModelError(
-            f"{directory.weights}: the weights do not fit config.json: {'; '.join(faults)}",
+            f"{weights}: the weights do not fit config.json: {'; '.join(faults)}",
             "use the weights that belong to this config.json, or remove the weight files to start from fresh ones",
         )
 
@@ -136,14 +164,14 @@ def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
 
 
 def _load_converted(
-    model: Any, directory: ModelDirectory, trust_remote_code: bool
+    model: Any, source: Path, directory: ModelDirectory, trust_remote_code: bool
 ) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
     """Let transformers map the file's names, copy its state; (missing, unexpected, misshaped) names."""
     from transformers import AutoModelForCausalLM
 
     with _as_model_error(directory, "cannot load the weights"), _quiet_transformers():
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            directory.path,
+            source,
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             output_loading_info=True,

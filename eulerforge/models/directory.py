@@ -68,8 +68,7 @@ class ModelDirectory:
             )
         config = _read_config(path / "config.json")
         code = _reachable_code(path, config)
-        weights = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-        return cls(path, config, code, weights)
+        return cls(path, config, code, find_weights(path))
 
     @property
     def auto_map(self) -> Mapping[str, Any]:
@@ -111,6 +110,11 @@ class ModelDirectory:
     def files_calling_fft(self) -> list[str]:
         """Custom code files that refer to `torch.fft` (by attribute or import)."""
         return sorted(name for name, tree in self.code.items() if _refers_to_fft(tree))
+
+
+def find_weights(path: Path) -> Path | None:
+    """The weight file (or index) in a directory, None if there is none."""
+    return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

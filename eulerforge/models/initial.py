@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from eulerforge.errors import ModelError
-from eulerforge.models.build import build_model, grow_vocabulary
+from eulerforge.models.build import build_grown
 from eulerforge.models.directory import ModelDirectory
 
 
@@ -28,6 +28,7 @@ class InitialWeights:
     Attributes:
         directory: the model directory.
         rows: rows that the embedding needs at least.
+        checkpoint: where the weights come from when a run is resumed.
         target: the file to write.
     """
 
@@ -35,6 +36,7 @@ class InitialWeights:
     trust_remote_code: bool
     seed: int
     rows: int
+    checkpoint: str | None
     target: str
 
 
@@ -42,7 +44,7 @@ def write_initial_weights(request: InitialWeights) -> None:
     """Build in a new process and wait for it.
 
     Raises:
-        ModelError: as `build_model` and `grow_vocabulary` raise it.
+        ModelError: as `build_grown` raises it.
     """
     command = [sys.executable, "-m", "eulerforge.models.initial", json.dumps(asdict(request))]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -57,8 +59,8 @@ def _main(text: str) -> int:
     request = InitialWeights(**json.loads(text))
     try:
         directory = ModelDirectory.read(Path(request.directory))
-        model = build_model(directory, request.trust_remote_code, request.seed).model
-        grow_vocabulary(model, request.rows)
+        checkpoint = None if request.checkpoint is None else Path(request.checkpoint)
+        model = build_grown(directory, request.trust_remote_code, request.seed, request.rows, checkpoint)
     except ModelError as error:
         sys.stdout.write(json.dumps({"what": error.problems[0].what, "fix": error.problems[0].fix}) + "\n")
         return ModelError.exit_code

@@ -26,7 +26,7 @@ from eulerforge.distributed.parallelize import (
 )
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import binary_size
-from eulerforge.models.build import build_model, embedding_rows, grow_vocabulary
+from eulerforge.models.build import build_grown, build_model, embedding_rows, grow_vocabulary
 from eulerforge.models.directory import ModelDirectory
 from eulerforge.models.initial import InitialWeights, write_initial_weights
 from eulerforge.models.lean import parameters_on_meta
@@ -37,7 +37,11 @@ from eulerforge.precision.plan import PrecisionPlan
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What is to be loaded, and for whom."""
+    """What is to be loaded, and for whom.
+
+    Attributes:
+        checkpoint: where the weights come from when a run is resumed.
+    """
 
     directory: ModelDirectory
     precision: PrecisionPlan
@@ -45,6 +49,7 @@ class ModelRequest:
     tokenizer: Tokenizer
     context: ProcessContext
     console: Console
+    checkpoint: Path | None = None
 
     @property
     def seed(self) -> int:
@@ -53,11 +58,15 @@ class ModelRequest:
 
     def build(self) -> Any:
         """The whole model on CPU with its weights, its vocabulary grown."""
-        model = build_model(self.directory, self.preset.trust_remote_code, self.seed).model
-        if self.context.world_size == 1:
-            self.report(model)
-        grow_vocabulary(model, self.tokenizer.vocab_size)
-        return model
+        report = self.report if self.context.world_size == 1 else lambda model: None
+        return build_grown(
+            self.directory,
+            self.preset.trust_remote_code,
+            self.seed,
+            self.tokenizer.vocab_size,
+            self.checkpoint,
+            report,
+        )
 
     def build_skeleton(self) -> Any:
         """The model with real buffers and parameters without memory, its vocabulary grown."""
@@ -72,6 +81,8 @@ class ModelRequest:
         total, trainable = count_parameters(model)
         dtype, weights = next(model.parameters()).dtype, self.directory.weights
         origin = f"initialised from seed {self.seed}" if weights is None else weights.name
+        if self.checkpoint is not None:
+            origin = f"weights of {self.checkpoint.name}"
         needed, rows = self.tokenizer.vocab_size, embedding_rows(model)
         self.console.say(f"Model loaded: {total:,} params, {trainable:,} trainable, dtype={dtype} ({origin})")
         self.console.say(f"Tokenizer: {self.preset.tokenizer or self.tokenizer.name} (vocab={needed})")
@@ -134,6 +145,7 @@ def _shard(request: ModelRequest, skeleton: Any, options: ParallelOptions) -> Pa
                         trust_remote_code=request.preset.trust_remote_code,
                         seed=request.seed,
                         rows=embedding_rows(skeleton),
+                        checkpoint=None if request.checkpoint is None else str(request.checkpoint),
                         target=file,
                     )
                 )

@@ -22,7 +22,8 @@ class LoopParts:
         learning_rate: of a step (1-based).
         rows_per_step, rows_per_epoch: over all ranks, for the epoch count.
         on_first_step: told the first loss, for a word on whether it looks like an untrained model's.
-        save: writes a checkpoint of the current weights.
+        save: writes a checkpoint of the current weights, or begins to (`async_checkpoint`).
+        wait: until a checkpoint that was begun is complete; raises if it could not be written.
     """
 
     step: StepParts
@@ -30,6 +31,7 @@ class LoopParts:
     learning_rate: Callable[[int], float]
     tracker: Tracker
     save: Callable[[int], None]
+    wait: Callable[[], None]
     on_first_step: Callable[[float], None]
     max_steps: int
     log_steps: int
@@ -46,13 +48,13 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
     Raises:
         TrainingError: loss or gradients are not finite.
     """
-    meter = SpeedMeter()
+    meter = SpeedMeter(before=state.elapsed)
     for step in range(state.step + 1, parts.max_steps + 1):
         lr = parts.learning_rate(step)
         set_learning_rate(parts.step.optimizer, lr)
         result = train_step(step, parts.step, parts.batches(step - 1))
-        state.advance(result.tokens)
         meter.step_done(result.tokens)
+        state.advance(result.tokens, meter.elapsed)
         if step == 1:
             parts.on_first_step(result.loss)
         metrics = StepMetrics(
@@ -72,9 +74,14 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
         last = step == parts.max_steps
         if last or step % parts.log_steps == 0:
             parts.tracker.log(metrics)
-        if last or step % parts.save_steps == 0:
+        if result.save_failed:
+            parts.wait()
+        saves = last or result.stop or step % parts.save_steps == 0
+        if saves:
             parts.save(step)
-        if result.stop and not last:
+        # A signal that came during a long save should not wait for another step and another save.
+        if not last and (result.stop or (saves and parts.step.agree_to_stop())):
             state.stopped = True
             break
+    parts.wait()
     return meter

@@ -1,7 +1,8 @@
-"""Signals that ask a run to stop: SIGTERM, SIGINT, SIGUSR1.
+"""What asks a run to stop: SIGTERM, SIGINT, SIGUSR1, and the clock (`training.max_minutes`).
 
-While a run is being set up nothing is worth keeping, so a signal ends it at once. During training it only sets a
-flag, which all processes agree on at the end of the step: they then stop at the same step, whichever was asked.
+While a run is being set up nothing is worth keeping, so it ends at once, wherever the program is. During training a
+signal only sets a flag, which all processes agree on at the end of the step: they then save and stop at the same
+step, whichever of them was asked. A second signal changes nothing.
 """
 
 from __future__ import annotations
@@ -20,40 +21,53 @@ class StopWatch:
     """Listens for stop signals while its context is open.
 
     Attributes:
-        received: name of the first signal, None so far.
+        received: name of the first signal, or `training.max_minutes`; None so far.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._deferred = False
 
+    def set_timer(self, minutes: float) -> None:
+        """Ask this process to stop after a time, as a signal would."""
+        signal.setitimer(signal.ITIMER_REAL, minutes * 60)
+
     def defer(self) -> None:
         """From now on a signal sets the flag only.
 
         Raises:
-            StoppedError: one came in the very moment before.
+            StoppedError: one came before (and other code may have swallowed the exception).
         """
         self._deferred = True
         if self.received is not None:
-            raise _stopped(self.received)
+            raise self.stopped_early()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopWatch]:
-        """Install the handlers, and put back what was there before. Main thread only."""
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        """Install the handlers, and put back what was there before. Main thread only.
+
+        Once asked to stop, the handlers stay: a second signal must not kill a process that is leaving in order.
+        """
+        numbers = (*STOP_SIGNALS, signal.SIGALRM)
+        before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
             yield self
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._deferred = True
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # The launcher's handlers stay in the same way.
+                if self.received is None and signal.getsignal(number) == self._receive:
+                    signal.signal(number, handler)
+
+    def stopped_early(self) -> StoppedError:
+        """The end of a run that was asked to stop before training had begun."""
+        cause = self.received or "a signal to another process"
+        return StoppedError(f"stopped by {cause} while the run was being set up", agreed=False)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         first = self.received is None
         if first:
-            self.received = signal.Signals(number).name
-        if not self._deferred and first:
-            raise _stopped(str(self.received))
-
-
-def _stopped(name: str) -> StoppedError:
-    return StoppedError(f"stopped by {name} while the run was being set up", "start it again when you like")
+            self.received = "training.max_minutes" if number == signal.SIGALRM else signal.Signals(number).name
+        if first and not self._deferred:
+            raise self.stopped_early()

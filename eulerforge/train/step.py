@@ -29,6 +29,7 @@ class StepResult:
         aux_loss: mean over micro-batches and ranks, None without one.
         tokens: tokens of the step over all ranks, padding not counted.
         stop: whether any process was asked to stop.
+        save_failed: whether a checkpoint being written in the background could not be written on any process.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class StepResult:
     aux_loss: float | None
     tokens: int
     stop: bool
+    save_failed: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class StepParts:
         precision: makes the context of a forward pass (autocast, or nothing).
         synchronise: context of a micro-batch; told whether it is the step's last.
         stop_requested: whether this process was asked to stop; agreed among all at the end of a step.
+        save_failed: whether this process failed to write a checkpoint in the background; agreed in the same way.
     """
 
     context: ProcessContext
@@ -55,6 +58,11 @@ class StepParts:
     synchronise: Callable[[bool], AbstractContextManager[Any]]
     max_grad_norm: float | None
     stop_requested: Callable[[], bool]
+    save_failed: Callable[[], bool]
+
+    def agree_to_stop(self) -> bool:
+        """Whether any process was asked to stop, the same on all."""
+        return self.context.sum([float(self.stop_requested())])[0] > 0
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -108,13 +116,15 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
     fill_missing_gradients(parameters)
     grad_norm = clip_gradients(parameters, parts.max_grad_norm)
     # One small reduction carries all that ranks must agree on.
-    loss, aux, stop = context.sum([own_loss, own_aux or 0.0, float(parts.stop_requested())])
+    flags = [float(parts.stop_requested()), float(parts.save_failed())]
+    loss, aux, stop, save_failed = context.sum([own_loss, own_aux or 0.0, *flags])
     result = StepResult(
         loss=loss,
         grad_norm=grad_norm.item(),
         aux_loss=None if own_aux is None else aux / context.world_size,
         tokens=round(tokens),
         stop=stop > 0,
+        save_failed=save_failed > 0,
     )
     _require_finite(step, result)
     parts.optimizer.step()

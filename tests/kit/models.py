@@ -33,7 +33,10 @@ _HEADER = """
 import json
 import os
 import pathlib
+import random
+import signal
 
+import numpy
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -242,6 +245,57 @@ class KitModel(PreTrainedModel):
         return CausalLMOutput(logits=self.head(x))
 '''
 
+_STATEFUL = '''
+
+class Block(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+        self.unused = nn.Linear(size, size)
+        self.dropout = nn.Dropout(0.1)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 1)))
+        return x + self.dropout(torch.tanh(self.mix(x - self.mean))) * (1 + 0.01 * self.calls)
+
+
+class KitModel(PreTrainedModel):
+    """Dropout, two kinds of buffers that training changes, unused parameters, Python's and NumPy's randomness.
+
+    At forward number $STOP_AT of this process, rank $STOP_RANK sends itself $STOP_SIGNAL.
+    """
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config.hidden_size) for _ in range(2)])
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.forwards = 0
+        self.post_init()
+
+    def forward(self, input_ids):
+        self.forwards += 1
+        rank = os.environ.get("RANK", "0")
+        if "PROBE_DIR" in os.environ:
+            with open(pathlib.Path(os.environ["PROBE_DIR"]) / f"rank{rank}.jsonl", "a") as sink:
+                sink.write(json.dumps(input_ids.tolist()) + "\\n")
+        if self.forwards == int(os.environ.get("STOP_AT", "0")) and rank == os.environ.get("STOP_RANK", "0"):
+            os.kill(os.getpid(), signal.Signals[os.environ.get("STOP_SIGNAL", "SIGTERM")])
+        x = self.embed(input_ids)
+        if self.config.random_scale:
+            x = x * (1 + 0.1 * random.random() + 0.1 * numpy.random.standard_normal())
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+'''
+
 _FAULTY = '''
 from .fault_kit import strike, strike_while_data_is_prepared
 
@@ -330,6 +384,7 @@ class KitTokenizer(PreTrainedTokenizerFast):
 CODE = {
     "faulty": _FAULTY,
     "experts": _EXPERTS,
+    "stateful": _STATEFUL,
     "probe": _PROBE,
     "oracle": _ORACLE,
     "buffers": _BUFFERS,
