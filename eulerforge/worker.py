@@ -56,7 +56,7 @@ from eulerforge.train.fingerprint import (
 from eulerforge.train.load import ModelRequest, load_model
 from eulerforge.train.loop import LoopParts, fit
 from eulerforge.train.resume import choose_checkpoint
-from eulerforge.train.rng import restore_rng
+from eulerforge.train.rng import restore_rng, seed_rng
 from eulerforge.train.run_directory import DEFAULT_PARENT, NullRunDirectory, RunDirectory, new_run_id
 from eulerforge.train.signals import StopWatch
 from eulerforge.train.state import Progress, TrainState
@@ -475,7 +475,7 @@ def _restore(setup: Setup, optimizer: torch.optim.Optimizer, checkpointer: Check
     """Optimiser, masters, random number generators and buffers as they were; the weights have been loaded."""
     point, context = setup.point, setup.context
     # This seeds dropout, another on each rank, independent of how much randomness building the model has used.
-    torch.manual_seed(setup.training.seed + context.rank)
+    seed_rng(setup.training.seed + context.rank)
     if point is None:
         return
     checkpointer.load(point.checkpoint, point.progress)
@@ -486,7 +486,7 @@ def _restore(setup: Setup, optimizer: torch.optim.Optimizer, checkpointer: Check
         restore_rng(rng, context.device)
         return
     # Each rank had its own stream; another number of ranks has no use for those.
-    torch.manual_seed(setup.training.seed + context.rank + context.world_size * (point.progress.step + 1))
+    seed_rng(setup.training.seed + context.rank + context.world_size * (point.progress.step + 1))
     setup.console.say(
         f"{point.checkpoint.name} was written by {point.progress.world_size} processes, this run has "
         f"{context.world_size}: random numbers (dropout) begin anew"

@@ -1,4 +1,4 @@
-"""State of every random number generator of this process as tensors, so that it is stored without pickle."""
+"""The random number generators of this process: seeded, and their state as tensors, stored without pickle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import random
 
 import numpy as np
 import torch
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (also of its GPUs)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`launch` worker that stops and resumes many times in one process: `python -m tests.kit.golden PRESET FOLDER STEPS`.
+"""`launch` worker that stops and resumes many times in one process: `python -m tests.kit.golden PRESET ...`.
 
 Starting torchrun for each stop would take minutes. Here all runs share one process group; each has its own keys in the
 store, its own run directory, and goes through the same code as the command from `worker.pretrain` on.
@@ -55,19 +55,20 @@ class Runs:
         context.meet("left")
 
 
-def main(preset: Path, folder: Path, accumulation: int, steps: list[int]) -> None:
+def main(preset: Path, folder: Path, accumulation: int, steps: list[int], strategy: str) -> None:
     """An undisturbed run, and one for each step that is stopped after it and resumed."""
     context = start_processes("cpu", int(os.environ["WORLD_SIZE"]), 60.0)
     runs = Runs(preset, context)
-    runs.run(folder / "straight")
+    chosen = (f"distributed.strategy={strategy}",)
+    runs.run(folder / "straight", overrides=chosen)
     for step in steps:
         target = folder / f"stopped-{step}"
-        runs.run(target, stop_at=step * accumulation)
-        runs.run(target, resume=True)
+        runs.run(target, stop_at=step * accumulation, overrides=chosen)
+        runs.run(target, resume=True, overrides=chosen)
     context.meet("all done")
     sys.stdout.flush()
     os._exit(0)  # as the product's workers: the destructor of a gloo group can hang
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), [int(step) for step in sys.argv[4].split(",")])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), list(map(int, sys.argv[4].split(","))), sys.argv[5])
