@@ -147,6 +147,20 @@ def _parser() -> argparse.ArgumentParser:
     processes.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where machines meet: on the one with rank 0")
     pretrain.set_defaults(run=_pretrain)
 
+    export = commands.add_parser(
+        "export",
+        help="write a Hugging Face directory from a checkpoint",
+        description="Write a Hugging Face directory from a checkpoint-N, a final/ or the newest complete checkpoint "
+        "of a run directory, and verify it by loading it with plain transformers in a new process.",
+    )
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint-N, final/ or a run directory")
+    export.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write, new or empty")
+    export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as in the checkpoint")
+    export.add_argument(
+        "--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run"
+    )
+    export.set_defaults(run=_export)
+
     schema = commands.add_parser("schema", help="print the JSON Schema of a pretrain preset")
     schema.set_defaults(run=_schema)
 
@@ -277,9 +291,23 @@ def _train(flight: Preflight, plan: LaunchPlan, console: Console, watch: StopWat
         console.warn(warning)
     console.say(f"Device: {plan.shown}")
 
-    from eulerforge.worker import LaunchDecisions, pretrain
+    from eulerforge.loading import LaunchDecisions
+    from eulerforge.worker import pretrain
 
     return pretrain(flight, LaunchDecisions(plan.device, plan.world_size, plan.reasons), console, watch)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from eulerforge.train.convert import ExportRequest, export_checkpoint
+
+    request = ExportRequest(
+        arguments.checkpoint.expanduser().absolute(),
+        arguments.output.expanduser().absolute(),
+        arguments.dtype,
+        arguments.trust_remote_code,
+    )
+    export_checkpoint(request, Console("Export").say)
+    return 0
 
 
 def _schema(arguments: argparse.Namespace) -> int:

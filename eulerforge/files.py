@@ -52,6 +52,11 @@ def publish(temporary: Path, target: Path, *, replace: bool = False) -> None:
     Args:
         replace: an older directory of that name is moved aside first and removed last.
     """
+    # Some writers make files for their owner only; in the end the umask decides, as it did for the directory.
+    mode = temporary.stat().st_mode & 0o666
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
     old = target.with_name(f".{target.name}.old{TEMPORARY}")
     if replace and target.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -19,6 +19,8 @@ LAYERS = (
     {"distributed", "optim", "data", "metrics"},
     {"train"},
     {"preflight"},
+    {"loading"},
+    {"assembly"},
     {"worker", "quickstart"},
     {"cli"},
     {"__main__"},
@@ -38,6 +40,8 @@ LIGHT_MODULES = (
     "data.sources",
     "data.order",
     "train.run_directory",
+    "train.resume",
+    "train.signals",
     "metrics.console",
 )
 """What `--help` and `--validate-only` import: none of HEAVY, at any depth, outside functions."""

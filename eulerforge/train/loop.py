@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from eulerforge.data.rows import MicroBatch
+from eulerforge.errors import TrainingError
 from eulerforge.metrics.meters import SpeedMeter
 from eulerforge.metrics.trackers import StepMetrics, Tracker
 from eulerforge.optim.optimizer import set_learning_rate
@@ -52,7 +53,11 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
     for step in range(state.step + 1, parts.max_steps + 1):
         lr = parts.learning_rate(step)
         set_learning_rate(parts.step.optimizer, lr)
-        result = train_step(step, parts.step, parts.batches(step - 1))
+        try:
+            result = train_step(step, parts.step, parts.batches(step - 1))
+        except TrainingError:  # on all ranks alike: what they have begun to save, they can finish
+            parts.wait()
+            raise
         meter.step_done(result.tokens)
         state.advance(result.tokens, meter.elapsed)
         if step == 1:

@@ -1,7 +1,7 @@
-"""`launch` worker that stops and resumes many times in one process: `python -m tests.kit.golden PRESET ...`.
+"""A rank that stops and resumes many runs: `torchrun -m tests.kit.golden PRESET FOLDER ACCUMULATION STEPS STRATEGY`.
 
-Starting torchrun for each stop would take minutes. Here all runs share one process group; each has its own keys in the
-store, its own run directory, and goes through the same code as the command from `worker.pretrain` on.
+Starting torchrun for each stop would take minutes. Here all runs share one process group; each has its own keys in
+the store, its own run directory, and goes through the same code as the command from `worker.pretrain` on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from eulerforge import worker
 from eulerforge.config.load import load_preset
 from eulerforge.distributed.context import ProcessContext, start_processes
 from eulerforge.errors import StoppedError
+from eulerforge.loading import LaunchDecisions
 from eulerforge.metrics.console import Console
 from eulerforge.preflight import inspect
 from eulerforge.train.signals import StopWatch
@@ -28,7 +29,9 @@ class Runs:
     def __init__(self, preset: Path, context: ProcessContext) -> None:
         self._preset, self._context, self._number = preset, context, 0
 
-    def run(self, output_dir: Path, *, resume: bool = False, stop_at: int = 0, overrides: tuple[str, ...] = ()) -> None:
+    def run(
+        self, output_dir: Path, *, resume: bool = False, stop_at: int = 0, overrides: tuple[str, ...] = ()
+    ) -> None:
         """One `eulerforge pretrain`. `stop_at`: number of the forward pass at which rank 0 gets a SIGTERM."""
         self._number += 1
         context = self._context
@@ -42,7 +45,7 @@ class Runs:
             "" if resume else None,
             owns_output=context.is_main,
         )
-        launch = worker.LaunchDecisions("cpu", context.world_size, ())
+        launch = LaunchDecisions("cpu", context.world_size, ())
         watch = StopWatch()
         try:
             with watch.listening():

@@ -1,0 +1,213 @@
+"""Setup -> the parts that the training loop works with, put back to where a checkpoint was."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import eulerforge
+from eulerforge.data.rows import StepBatches
+from eulerforge.loading import Setup
+from eulerforge.metrics.console import Console
+from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker
+from eulerforge.models.build import embedding_rows
+from eulerforge.models.forward import CausalForward
+from eulerforge.optim.optimizer import build_adamw
+from eulerforge.optim.schedules import learning_rate
+from eulerforge.train.checkpoint import Checkpointer, CheckpointSettings
+from eulerforge.train.export import write_model_directory
+from eulerforge.train.fingerprint import preset_settings
+from eulerforge.train.loop import LoopParts
+from eulerforge.train.rng import restore_rng, seed_rng
+from eulerforge.train.run_directory import RunDirectory
+from eulerforge.train.signals import StopWatch
+from eulerforge.train.state import Progress, TrainState
+from eulerforge.train.step import StepParts
+from eulerforge.train.trainer_state import read_own
+
+
+def loop_parts(
+    setup: Setup, run: RunDirectory, run_id: str, state: TrainState, tracker: Tracker, watch: StopWatch
+) -> LoopParts:
+    training, context = setup.training, setup.context
+    optimizer = build_adamw(
+        setup.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
+    )
+    checkpointer = _make_checkpointer(setup, run, run_id, state, optimizer)
+    _restore(setup, optimizer, checkpointer)
+    batches = StepBatches(
+        setup.rows,
+        seed=training.seed,
+        batch_size=training.batch_size,
+        accumulation=setup.accumulation,
+        rank=context.rank,
+        world_size=context.world_size,
+        pad_id=setup.tokenizer.pad_id,
+    )
+    return LoopParts(
+        step=StepParts(
+            context=context,
+            forward=CausalForward(setup.model, setup.parallel.call),
+            optimizer=optimizer,
+            precision=_precision_context(setup),
+            synchronise=setup.parallel.synchronise,
+            max_grad_norm=training.max_grad_norm,
+            stop_requested=lambda: watch.received is not None,
+            save_failed=lambda: checkpointer.failed,
+        ),
+        batches=lambda step: [batch.to(context.device) for batch in batches.of_step(step)],
+        learning_rate=partial(
+            learning_rate,
+            peak=training.lr,
+            schedule=training.scheduler,
+            warmup_steps=training.warmup_steps,
+            max_steps=training.max_steps,
+            min_lr_ratio=training.min_lr_ratio,
+        ),
+        tracker=tracker,
+        save=checkpointer.save,
+        wait=checkpointer.wait,
+        on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(setup.model), console=setup.console),
+        max_steps=training.max_steps,
+        log_steps=training.log_steps,
+        save_steps=training.save_steps,
+        rows_per_step=setup.rows_per_step,
+        rows_per_epoch=len(setup.rows),
+    )
+
+
+def _make_checkpointer(
+    setup: Setup, run: RunDirectory, run_id: str, state: TrainState, optimizer: torch.optim.Optimizer
+) -> Checkpointer:
+    training = setup.training
+    settings = preset_settings(setup.flight.preset)
+
+    def progress() -> Progress:
+        return Progress(
+            run_id,
+            state.step,
+            state.tokens,
+            state.elapsed,
+            setup.context.world_size,
+            setup.parallel.strategy,
+            setup.masters,
+            setup.fixed,
+            settings,
+        )
+
+    return Checkpointer(
+        CheckpointSettings(
+            setup.saved,
+            setup.masters,
+            None if training.keep_checkpoints == "all" else int(training.keep_checkpoints),
+            training.async_checkpoint,
+            setup.point.checkpoint if setup.point else None,
+        ),
+        setup.context,
+        run,
+        setup.model,
+        optimizer,
+        setup.buffers,
+        progress,
+        partial(write_model, setup),
+        setup.console,
+    )
+
+
+def _restore(setup: Setup, optimizer: torch.optim.Optimizer, checkpointer: Checkpointer) -> None:
+    """Optimiser, masters, random number generators and buffers as they were; the weights have been loaded."""
+    point, context = setup.point, setup.context
+    # This seeds dropout, another on each rank, independent of how much randomness building the model has used.
+    seed_rng(setup.training.seed + context.rank)
+    if point is None:
+        return
+    checkpointer.load(point.checkpoint, point.progress)
+    same_ranks = point.progress.world_size == context.world_size
+    rng, buffers = read_own(point.checkpoint, context.rank if same_ranks else 0)
+    setup.buffers.restore(buffers)
+    if same_ranks:
+        restore_rng(rng, context.device)
+        return
+    # Each rank had its own stream; another number of ranks has no use for those.
+    seed_rng(setup.training.seed + context.rank + context.world_size * (point.progress.step + 1))
+    setup.console.say(
+        f"{point.checkpoint.name} was written by {point.progress.world_size} processes, this run has "
+        f"{context.world_size}: random numbers (dropout) begin anew"
+    )
+
+
+def _precision_context(setup: Setup) -> Callable[[], AbstractContextManager[Any]]:
+    plan = setup.flight.precision
+    if not plan.autocast:
+        return contextlib.nullcontext
+    return partial(torch.autocast, setup.context.device.type, dtype=getattr(torch, plan.compute))
+
+
+def _judge_first_loss(loss: float, vocabulary: int, console: Console) -> None:
+    """An untrained model predicts all tokens alike: its loss is near ln(vocabulary)."""
+    console.say(
+        f"First loss: {loss:.4f}; an untrained model over {vocabulary} tokens has about {math.log(vocabulary):.4f}"
+    )
+
+
+def make_tracker(setup: Setup, run: RunDirectory, done: int) -> CompositeTracker:
+    if not setup.context.is_main:
+        return CompositeTracker([])
+    console = ConsoleTracker(setup.console, setup.training.max_steps, done)
+    return CompositeTracker([JsonlTracker(run.metrics), TensorBoardTracker(run.tensorboard, done), console])
+
+
+def write_model(setup: Setup, target: Path, weights: dict[str, torch.Tensor]) -> None:
+    write_model_directory(target, setup.model, weights, setup.tokenizer, setup.flight.directory, setup.saved)
+
+
+def config_snapshot(setup: Setup, run_id: str) -> dict[str, Any]:
+    """Content of pretrain_config.json."""
+    flight, tokenizer, cache = setup.flight, setup.tokenizer, setup.cache
+    preset = flight.preset.model_dump(mode="json")
+    preset["model_dir"] = str(flight.directory.path)
+    preset["data"]["path"] = str(Path(str(preset["data"]["path"])).expanduser().absolute())
+    point = setup.point
+    return {
+        "run_id": run_id,
+        "resumed_from": None if point is None else {"checkpoint": str(point.checkpoint), "step": point.progress.step},
+        "preset": preset,
+        "preset_file": str(flight.loaded.path.absolute()),
+        "overrides": list(flight.loaded.overrides),
+        "world_size": setup.context.world_size,
+        "grad_accum_steps": setup.accumulation,
+        "device": setup.launch.device,
+        "precision": asdict(flight.precision),
+        "strategy": setup.parallel.strategy,
+        "decisions": [
+            *setup.launch.reasons,
+            f"strategy {setup.parallel.strategy}: {setup.parallel.reason}",
+            f"precision: {flight.precision.reason}",
+        ],
+        "model_hints": [asdict(hint) for hint in flight.hints],
+        "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+        "data": {
+            "files": [str(path) for path in flight.files],
+            "cache": str(cache.path),
+            "tokens": len(cache.tokens),
+            "counts": asdict(cache.counts),
+        },
+        "versions": {
+            "eulerforge": eulerforge.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "command": sys.argv,
+    }

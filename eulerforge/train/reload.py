@@ -1,0 +1,42 @@
+"""`python -m eulerforge.train.reload '["DIR", false]'`: plain transformers loads what was written, to the last bit.
+
+In a process of its own, so that nothing of the writer (modules, registered classes) can help.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from eulerforge.models.build import build_model
+from eulerforge.models.directory import ModelDirectory
+
+
+def main(folder: str, trust_remote_code: bool) -> None:
+    """Compare `from_pretrained` with a model built from its config, whose buffers are certain.
+
+    Raises:
+        ValueError: a weight or buffer differs, is missing or is left over.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, dtype="auto", output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise ValueError(f"{kind}: {sorted(map(str, report[kind]))[:4]}")
+    built = build_model(ModelDirectory.read(Path(folder)), trust_remote_code, seed=0).model
+    expected = {**dict(built.named_buffers()), **built.state_dict()}
+    seen = {**dict(loaded.named_buffers()), **loaded.state_dict()}
+    for name, tensor in expected.items():
+        if not torch.equal(seen[name].to(tensor.dtype), tensor):
+            raise ValueError(f"{name} is not as it was written")
+
+
+if __name__ == "__main__":
+    main(*json.loads(sys.argv[1]))
