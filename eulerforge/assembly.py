@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import eulerforge
-from eulerforge.data.rows import StepBatches
+from eulerforge.data.rows import HeldOutBatches, StepBatches
 from eulerforge.loading import Setup
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker
@@ -26,6 +26,7 @@ from eulerforge.models.forward import CausalForward
 from eulerforge.optim.optimizer import build_adamw
 from eulerforge.optim.schedules import learning_rate
 from eulerforge.train.checkpoint import Checkpointer, CheckpointSettings
+from eulerforge.train.evaluate import Evaluator
 from eulerforge.train.export import write_model_directory
 from eulerforge.train.fingerprint import preset_settings
 from eulerforge.train.loop import LoopParts
@@ -55,6 +56,10 @@ def loop_parts(
         world_size=context.world_size,
         pad_id=setup.tokenizer.pad_id,
     )
+
+    def stop_requested() -> bool:
+        return watch.received is not None
+
     return LoopParts(
         step=StepParts(
             context=context,
@@ -63,7 +68,7 @@ def loop_parts(
             precision=_precision_context(setup),
             synchronise=setup.parallel.synchronise,
             max_grad_norm=training.max_grad_norm,
-            stop_requested=lambda: watch.received is not None,
+            stop_requested=stop_requested,
             save_failed=lambda: checkpointer.failed,
         ),
         batches=lambda step: [batch.to(context.device) for batch in batches.of_step(step)],
@@ -76,14 +81,37 @@ def loop_parts(
             min_lr_ratio=training.min_lr_ratio,
         ),
         tracker=tracker,
+        evaluate=_make_evaluator(setup, stop_requested),
         save=checkpointer.save,
         wait=checkpointer.wait,
         on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(setup.model), console=setup.console),
         max_steps=training.max_steps,
         log_steps=training.log_steps,
         save_steps=training.save_steps,
+        eval_steps=training.eval_steps or training.save_steps,
         rows_per_step=setup.rows_per_step,
         rows_per_epoch=len(setup.rows),
+    )
+
+
+def _make_evaluator(setup: Setup, stop_requested: Callable[[], bool]) -> Evaluator | None:
+    if setup.validation_rows is None:
+        return None
+    context = setup.context
+    return Evaluator(
+        context=context,
+        model=setup.model,
+        forward=CausalForward(setup.model),
+        precision=_precision_context(setup),
+        settle=setup.parallel.settle,
+        batches=HeldOutBatches(
+            setup.validation_rows,
+            setup.training.batch_size,
+            context.rank,
+            context.world_size,
+            setup.tokenizer.pad_id,
+        ),
+        stop_requested=stop_requested,
     )
 
 

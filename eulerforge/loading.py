@@ -5,17 +5,20 @@ checkpoint (--resume) -> tokenizer -> model -> token cache -> rows -> room on th
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from eulerforge.config.checks import grad_accum_steps
-from eulerforge.config.schema import TrainingSection
-from eulerforge.data.cache import CacheSpec, TokenCache, open_or_build
+from eulerforge.config.schema import PretrainPreset, TrainingSection
+from eulerforge.data.cache import CacheSpec, TokenCache, Tokens, open_or_build
 from eulerforge.data.rows import DocumentRows, PackedRows, require_rows
 from eulerforge.distributed.context import ProcessContext
 from eulerforge.distributed.parallelize import ParallelModel
@@ -65,6 +68,7 @@ class Setup:
     Attributes:
         point: where the run goes on, None for one that begins.
         buffers: the model's buffers as built.
+        validation_rows: held-out rows, None without any.
         fixed: what a resume must not change.
         accumulation: micro-batches per step.
     """
@@ -79,6 +83,7 @@ class Setup:
     buffers: BufferWatch
     cache: TokenCache
     rows: PackedRows | DocumentRows
+    validation_rows: PackedRows | DocumentRows | None
     fixed: dict[str, Any]
     accumulation: int
     console: Console
@@ -133,9 +138,11 @@ def set_up(
         console.warn(warning)
     with context.local_main_first("tokens"):
         cache = _load_tokens(flight, tokenizer, console)
-    fixed_data = fixed_by_data(cache)
+        validation = _load_validation(flight, tokenizer, console)
+    held_out = _held_out_documents(flight.preset, cache)
+    fixed_data = fixed_by_data(cache, held_out)
     _compare(point, fixed_data, console)
-    rows = _make_rows(flight, cache, console)
+    rows, validation_rows = _make_rows(flight, cache, held_out, validation, console)
     model.train()
     setup = Setup(
         flight,
@@ -148,6 +155,7 @@ def set_up(
         BufferWatch(model),
         cache,
         rows,
+        validation_rows,
         fixed | fixed_data,
         accumulation,
         console,
@@ -220,18 +228,9 @@ def _look_for_space(setup: Setup) -> None:
 
 
 def _load_tokens(flight: Preflight, tokenizer: Tokenizer, console: Console) -> TokenCache:
-    data = flight.preset.data
-    spec = CacheSpec(
-        flight.files,
-        data.text_column,
-        data.on_bad_line,
-        bos_id=tokenizer.bos_id if data.add_bos else None,
-        eos_id=tokenizer.eos_id if data.add_eos else None,
-    )
-    check = partial(require_rows, max_length=data.max_length, packing=data.packing)
-    cache = open_or_build(spec, tokenizer, flight.cache_dir, check, console.say)
+    cache = _open_cache(flight, flight.files, "data.path", tokenizer, console)
     counts = cache.counts
-    console.say(f"Loaded {counts.documents} texts from {data.path}")
+    console.say(f"Loaded {counts.documents} texts from {flight.preset.data.path}")
     notes = {
         **{f"skipped, {kind}": number for kind, number in counts.skipped.items()},
         "empty texts dropped": counts.empty,
@@ -243,16 +242,74 @@ def _load_tokens(flight: Preflight, tokenizer: Tokenizer, console: Console) -> T
     return cache
 
 
-def _make_rows(flight: Preflight, cache: TokenCache, console: Console) -> PackedRows | DocumentRows:
-    length, total = flight.preset.data.max_length, len(cache.tokens)
-    if flight.preset.data.packing:
-        packed = PackedRows(cache.tokens, length)
-        console.say(f"Packed: {total:,} tokens → {len(packed):,} chunks (max_length={length})")
-        return packed
-    rows = DocumentRows(cache.tokens, cache.offsets, length)
+def _load_validation(flight: Preflight, tokenizer: Tokenizer, console: Console) -> TokenCache | None:
+    if not flight.validation_files:
+        return None
+    return _open_cache(flight, flight.validation_files, "data.validation.path", tokenizer, console)
+
+
+def _open_cache(
+    flight: Preflight, files: tuple[Path, ...], key: str, tokenizer: Tokenizer, console: Console
+) -> TokenCache:
+    data = flight.preset.data
+    spec = CacheSpec(
+        files,
+        data.text_column,
+        data.on_bad_line,
+        bos_id=tokenizer.bos_id if data.add_bos else None,
+        eos_id=tokenizer.eos_id if data.add_eos else None,
+        key=key,
+    )
+    check = partial(require_rows, max_length=data.max_length, packing=data.packing, key=key)
+    return open_or_build(spec, tokenizer, flight.cache_dir, check, console.say)
+
+
+def _held_out_documents(preset: PretrainPreset, cache: TokenCache) -> int:
+    """How many of the last documents are not trained on."""
+    validation = preset.data.validation
+    if validation is None or validation.fraction is None:
+        return 0
+    return math.ceil(validation.fraction * cache.documents)
+
+
+def _make_rows(
+    flight: Preflight, cache: TokenCache, held_out: int, validation: TokenCache | None, console: Console
+) -> tuple[PackedRows | DocumentRows, PackedRows | DocumentRows | None]:
+    """Training rows, and held-out rows if there are any."""
+    data = flight.preset.data
+    border = cache.documents - held_out
+    training_offsets = cache.offsets[: border + 1]
+    if held_out:
+        check = partial(require_rows, max_length=data.max_length, packing=data.packing)
+        check(training_offsets, key="data.validation.fraction", what="what is left to train on")
+        check(cache.offsets[border:], key="data.validation.fraction", what="the held-out part")
+    rows = _rows_of(flight.preset, cache.tokens, training_offsets)
+    console.say(_shape(flight.preset, rows))
+    held: PackedRows | DocumentRows | None = None
+    if held_out:
+        start = int(cache.offsets[border])
+        held = _rows_of(flight.preset, cache.tokens[start:], cache.offsets[border:] - start)
+    elif validation is not None:
+        held = _rows_of(flight.preset, validation.tokens, validation.offsets)
+    if held is not None:
+        documents = held_out or (validation.documents if validation else 0)
+        console.say(f"Held out: {documents:,} texts, {len(held):,} rows of {data.max_length} tokens")
+    return rows, held
+
+
+def _rows_of(preset: PretrainPreset, tokens: Tokens, offsets: npt.NDArray[np.int64]) -> PackedRows | DocumentRows:
+    if preset.data.packing:
+        return PackedRows(tokens[: offsets[-1]], preset.data.max_length)
+    return DocumentRows(tokens, offsets, preset.data.max_length)
+
+
+def _shape(preset: PretrainPreset, rows: PackedRows | DocumentRows) -> str:
+    """What the corpus has become, for the log."""
+    length = preset.data.max_length
+    if isinstance(rows, PackedRows):
+        return f"Packed: {rows.total:,} tokens → {len(rows):,} chunks (max_length={length})"
     padding = 1 - rows.real_tokens / (len(rows) * length)
-    console.say(
-        f"Rows: {cache.documents:,} texts → {len(rows):,} rows (max_length={length}, {rows.cut:,} cut, "
+    return (
+        f"Rows: {rows.texts:,} texts → {len(rows):,} rows (max_length={length}, {rows.cut:,} cut, "
         f"{rows.left_out:,} of one token left out, {padding:.1%} padding)"
     )
-    return rows

@@ -37,6 +37,7 @@ class Preflight:
         directory: what is known about the model.
         tokenizer: directory or hub name to load.
         files: the corpus.
+        validation_files: held-out text of its own, empty if there is none.
         cache_dir: where token caches lie.
         precision: how numbers are held.
         run_plan: where the run writes, and what it begins with.
@@ -48,6 +49,7 @@ class Preflight:
     directory: ModelDirectory
     tokenizer: str
     files: tuple[Path, ...]
+    validation_files: tuple[Path, ...]
     cache_dir: Path
     precision: PrecisionPlan
     run_plan: RunPlan
@@ -70,6 +72,10 @@ def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool =
     files = attempts.run(lambda: resolve_files(str(preset.data.path)))
     if files:
         attempts.run(lambda: _peek(files, preset))
+    held_out = preset.data.validation.path if preset.data.validation else None
+    validation_files = attempts.run(lambda: resolve_files(held_out, "data.validation.path")) if held_out else ()
+    if validation_files:
+        attempts.run(lambda: _peek(validation_files, preset))
     plan: RunPlan | None = RunPlan(preset.output_dir)
     if owns_output or resume is not None:
         plan = attempts.run(lambda: plan_run(preset.output_dir, resume))
@@ -86,11 +92,12 @@ def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool =
     if attempts.failed:
         raise attempts.error()
     assert files is not None
+    assert validation_files is not None
     assert tokenizer is not None
     assert precision is not None
     assert cache_dir is not None
     assert plan is not None
-    return Preflight(loaded, preset, hints, directory, tokenizer, files, cache_dir, precision, plan)
+    return Preflight(loaded, preset, hints, directory, tokenizer, files, validation_files, cache_dir, precision, plan)
 
 
 class _Attempts:

@@ -29,6 +29,11 @@ def cross_field_problems(preset: PretrainPreset) -> Iterator[Finding]:
             f"{training.global_batch_size} is not a multiple of training.batch_size {training.batch_size}",
             "choose a multiple",
         )
+    validation = preset.data.validation
+    if validation is not None and (validation.path is None) is (validation.fraction is None):
+        yield "data.validation", "needs either path or fraction", "set one of data.validation.path and .fraction"
+    if validation is None and training.eval_steps is not None:
+        yield "training.eval_steps", "there is nothing to evaluate on", "set data.validation, or remove eval_steps"
     if preset.distributed.replicate > 1 and preset.distributed.strategy != "fsdp":
         yield "distributed.replicate", "replicas of shards need the fsdp strategy", "set distributed.strategy: fsdp"
 
@@ -75,8 +80,6 @@ def unavailable_problems(preset: PretrainPreset) -> Iterator[Finding]:
             "lists and weighted mixtures are not available in this version",
             "give one path or glob",
         )
-    if data.validation is not None:
-        yield "data.validation", "held-out evaluation is not available in this version", "remove it"
     if data.num_workers not in ("auto", 1):
         yield (
             "data.num_workers",

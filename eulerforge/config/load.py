@@ -19,7 +19,7 @@ from eulerforge.config.schema import PretrainPreset
 from eulerforge.config.yaml_source import KeyPath, YamlDocument, parse_scalar, parse_yaml
 from eulerforge.errors import PresetError, Problem
 
-_FREE_MAPPINGS = (("data", "path"), ("data", "validation"))
+_FREE_MAPPINGS = (("data", "path"),)
 """Keys whose values are mappings without a schema yet."""
 
 _FOREIGN_NAMES = {
@@ -214,7 +214,8 @@ def _known_keys(section: type[BaseModel], prefix: KeyPath) -> Iterator[str]:
 def _nearest(dotted: str) -> str:
     """Advice for an unknown key: the right section for a known name, else the nearest name."""
     leaf = dotted.rpartition(".")[2].replace("-", "_")
-    names = {key.rpartition(".")[2]: key for key in known_keys()}
+    # Outer keys win: `path` alone means data.path, not data.validation.path.
+    names = {key.rpartition(".")[2]: key for key in reversed(known_keys())}
     if leaf in names:
         return f"write it as {names[leaf]}"
     # Every key by its own name and by its full one; and what other trainers call it.

@@ -18,6 +18,7 @@ from eulerforge.config.fields import (
     MicroBatchRows,
     NonNegativeFloat,
     NonNegativeInt,
+    OpenFraction,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -34,6 +35,15 @@ class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, defaults checked like given values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class ValidationSection(Section):
+    """Held-out text, from one of two places."""
+
+    path: Text | None = Field(None, description="JSONL file, directory or glob of its own.")
+    fraction: OpenFraction | None = Field(
+        None, description="Share of the documents of data.path: its last ones, which are then not trained on."
+    )
 
 
 class DataSection(Section):
@@ -55,8 +65,8 @@ class DataSection(Section):
         "error",
         description="What to do with a line that is not a JSON object holding text: stop, or skip and count.",
     )
-    validation: dict[str, Any] | None = Field(
-        None, description="Held-out data: {path} or {fraction}. Not available in this version."
+    validation: ValidationSection | None = Field(
+        None, description="Held-out data, {path} or {fraction}, evaluated every training.eval_steps."
     )
     cache_dir: Text | None = Field(None, description="Token cache. Default: the user's cache directory.")
     num_workers: Annotated[Literal["auto"] | int, BeforeValidator(to_count_or("auto"))] = Field(
@@ -100,6 +110,9 @@ class TrainingSection(Section):
     max_minutes: PositiveFloat | None = Field(
         None,
         description="Save and stop (exit code 75) this many minutes after the start of the command.",
+    )
+    eval_steps: PositiveInt | None = Field(
+        None, description="Steps between evaluations on data.validation, and at the last step. Default: save_steps."
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Precision. Default: bfloat16, or float32 when the model holds FFT blocks."

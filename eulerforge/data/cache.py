@@ -54,13 +54,18 @@ class DocumentEncoder(Protocol):
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache is made from. `bos_id`/`eos_id` are None where the policy adds none."""
+    """What a cache is made from. `bos_id`/`eos_id` are None where the policy adds none.
+
+    Attributes:
+        key: what the preset calls the files, for messages; it does not matter to the cache.
+    """
 
     files: tuple[Path, ...]
     text_column: str
     on_bad_line: Literal["error", "skip"]
     bos_id: int | None
     eos_id: int | None
+    key: str = "data.path"
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,7 @@ def _require_documents(spec: CacheSpec, counts: DocumentCounts) -> None:
     details = "; ".join(filter(None, [f"{counts.empty} empty texts" if counts.empty else "", skipped]))
     names = ", ".join(str(path) for path in spec.files[:3])
     raise DataError(
-        f"data.path: no usable document in {names}" + (f" ({details})" if details else ""),
+        f"{spec.key}: no usable document in {names}" + (f" ({details})" if details else ""),
         f"give lines with non-empty text under {spec.text_column!r} (data.text_column)",
     )
 

@@ -10,7 +10,7 @@ size, so the same rows are in a step whatever the number of processes or micro-b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -70,6 +70,7 @@ class PackedRows:
 
     def __init__(self, tokens: Tokens, max_length: int) -> None:
         self.max_length = max_length
+        self.total = len(tokens)
         self._tokens = tokens
 
     def __len__(self) -> int:
@@ -88,6 +89,7 @@ class DocumentRows:
         self._tokens = tokens
         self._offsets = offsets
         lengths = np.diff(offsets)
+        self.texts = len(lengths)
         self._documents = np.flatnonzero(lengths >= 2)
         self.left_out = len(lengths) - len(self._documents)
         self.cut = int((lengths > max_length).sum())
@@ -103,20 +105,26 @@ class DocumentRows:
         return self._tokens[start:end].astype(np.int64)
 
 
-def require_rows(offsets: npt.NDArray[np.int64], max_length: int, packing: bool) -> None:
+def require_rows(
+    offsets: npt.NDArray[np.int64], max_length: int, packing: bool, key: str = "data.path", what: str = "the corpus"
+) -> None:
     """Refuse a corpus that does not fill one row.
+
+    Args:
+        offsets: document boundaries, the first need not be 0.
+        key, what: for the message.
 
     Raises:
         DataError: with the number of tokens there are.
     """
-    total = int(offsets[-1])
+    total = int(offsets[-1] - offsets[0])
     if packing and total < max_length:
         raise DataError(
-            f"data.path: the corpus has {total:,} tokens, less than one chunk of data.max_length {max_length:,}",
+            f"{key}: {what} has {total:,} tokens, less than one chunk of data.max_length {max_length:,}",
             f"give more text or set data.max_length to at most {max(total, 2):,}",
         )
     if not packing and not (np.diff(offsets) >= 2).any():
-        raise DataError("data.path: no document has two tokens, so there is nothing to predict", "give longer texts")
+        raise DataError(f"{key}: no document has two tokens, so there is nothing to predict", "give longer texts")
 
 
 class StepBatches:
@@ -147,17 +155,42 @@ class StepBatches:
         per_pass = self._batch_size * self._world_size
         for pass_number in range(self._accumulation):
             start = (step * self._accumulation + pass_number) * per_pass + self._rank * self._batch_size
-            yield self._collate([self._order.row(position) for position in range(start, start + self._batch_size)])
+            numbers = [self._order.row(position) for position in range(start, start + self._batch_size)]
+            yield _collate([self._rows[number] for number in numbers], self._rows.max_length, self._pad_id)
 
-    def _collate(self, rows: list[int]) -> MicroBatch:
-        length = self._rows.max_length
-        ids = np.full((len(rows), length), self._pad_id, dtype=np.int64)
-        lengths = np.zeros(len(rows), dtype=np.int64)
-        for index, row in enumerate(rows):
-            tokens = self._rows[row]
-            ids[index, : len(tokens)] = tokens
-            lengths[index] = len(tokens)
-        real = np.arange(length) < lengths[:, None]
-        mask = None if bool(real.all()) else torch.from_numpy(real.astype(np.int64))
-        labels = torch.from_numpy(np.where(real, ids, IGNORE_INDEX))
-        return MicroBatch(torch.from_numpy(ids), labels, mask, int((lengths - 1).sum()), int(lengths.sum()))
+
+class HeldOutBatches:
+    """All rows once, in order, dealt out to ranks; each rank gets the same number of batches.
+
+    Args: as of `StepBatches`.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, rank: int, world_size: int, pad_id: int) -> None:
+        self._rows = rows
+        self._batch_size = batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // (self._batch_size * self._world_size))
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        """This rank's batch. Where the rows have run out it is row 0 without any target."""
+        start = (number * self._world_size + self._rank) * self._batch_size
+        numbers = range(start, min(start + self._batch_size, len(self._rows)))
+        batch = _collate([self._rows[row] for row in numbers or [0]], self._rows.max_length, self._pad_id)
+        if numbers:
+            return batch
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), targets=0, tokens=0)
+
+
+def _collate(rows: Sequence[npt.NDArray[np.int64]], length: int, pad_id: int) -> MicroBatch:
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    lengths = np.array([len(tokens) for tokens in rows], dtype=np.int64)
+    for index, tokens in enumerate(rows):
+        ids[index, : len(tokens)] = tokens
+    real = np.arange(length) < lengths[:, None]
+    mask = None if bool(real.all()) else torch.from_numpy(real.astype(np.int64))
+    labels = torch.from_numpy(np.where(real, ids, IGNORE_INDEX))
+    return MicroBatch(torch.from_numpy(ids), labels, mask, int((lengths - 1).sum()), int(lengths.sum()))

@@ -54,24 +54,25 @@ class _BadLine(Exception):
         self.kind, self.fix = kind, fix
 
 
-def resolve_files(path: str) -> tuple[Path, ...]:
-    """The files that `data.path` means, absolute and in a fixed order.
+def resolve_files(path: str, key: str = "data.path") -> tuple[Path, ...]:
+    """The files that a path of the preset means, absolute and in a fixed order.
 
     Args:
         path: a file, a directory (searched recursively for `SUFFIXES`) or a glob.
+        key: what the preset calls it, for messages.
 
     Raises:
         DataError: nothing there, an empty file, or a format that cannot be read.
     """
-    given = expand_path(path, "data.path", DataError)
+    given = expand_path(path, key, DataError)
     if given.is_dir():
         # Formats that cannot be read yet are listed too, so that they are refused and not left out without a word.
         names = (*SUFFIXES, ".zst", ".parquet")
         files = sorted(file for file in given.rglob("*") if file.is_file() and file.name.lower().endswith(names))
         if not files:
             raise DataError(
-                f"data.path: the directory {given} holds no {', '.join(SUFFIXES[:3])} file (plain or .gz)",
-                "point data.path at a JSONL file or a directory that holds some",
+                f"{key}: the directory {given} holds no {', '.join(SUFFIXES[:3])} file (plain or .gz)",
+                f"point {key} at a JSONL file or a directory that holds some",
             )
     elif given.exists() or not glob.has_magic(path):
         files = [given]
@@ -79,31 +80,29 @@ def resolve_files(path: str) -> tuple[Path, ...]:
         files = sorted(Path(name) for name in glob.glob(str(given), recursive=True))  # noqa: PTH207
         files = [file for file in files if file.is_file()]
         if not files:
-            raise DataError(f"data.path: the glob {path} matches no file", "correct the pattern or the directory")
+            raise DataError(f"{key}: the glob {path} matches no file", "correct the pattern or the directory")
     for file in files:
-        _check_readable(file)
+        _check_readable(file, key)
     return tuple(file.absolute() for file in files)
 
 
-def _check_readable(path: Path) -> None:
+def _check_readable(path: Path, key: str) -> None:
     if path.exists() and not path.is_file():
         # A pipe can be read once only, and opening one may wait for ever.
-        raise DataError(f"data.path: {path} is not a regular file (a pipe or device)", "give a JSONL file on disk")
+        raise DataError(f"{key}: {path} is not a regular file (a pipe or device)", "give a JSONL file on disk")
     try:
         with path.open("rb") as handle:
             head = handle.read(4)
     except FileNotFoundError:
-        raise DataError(f"data.path: {path} does not exist", "set data.path to an existing JSONL file") from None
+        raise DataError(f"{key}: {path} does not exist", f"set {key} to an existing JSONL file") from None
     except OSError as error:
-        raise DataError(
-            f"data.path: {path} cannot be read: {error.strerror}", "check the file's permissions"
-        ) from None
+        raise DataError(f"{key}: {path} cannot be read: {error.strerror}", "check the file's permissions") from None
     if not head:
-        raise DataError(f"data.path: {path} is empty", "give a file with at least one JSON line")
+        raise DataError(f"{key}: {path} is empty", "give a file with at least one JSON line")
     for magic, name in ((_ZSTD, "zstd"), (_PARQUET, "Parquet")):
         if head.startswith(magic):
             raise DataError(
-                f"data.path: {path} is a {name} file, which this version cannot read",
+                f"{key}: {path} is a {name} file, which this version cannot read",
                 "convert it to JSONL (plain or gzip)",
             )
 

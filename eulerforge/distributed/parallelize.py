@@ -50,12 +50,14 @@ class ParallelModel:
         reason: why it was chosen.
         call: the module to call in the forward pass.
         synchronise: `synchronise(last)` is the context of a micro-batch; gradients meet only in the last one's.
+        settle: puts parameters back to where the optimiser finds them, after a forward pass without a backward pass.
     """
 
     strategy: str
     reason: str
     call: nn.Module
     synchronise: Callable[[bool], AbstractContextManager[Any]]
+    settle: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def _fsdp(model: nn.Module, options: ParallelOptions) -> ParallelModel:
         root.set_requires_gradient_sync(last)
         yield
 
-    return ParallelModel("fsdp", options.reason, model, synchronise)
+    # The root stays gathered after a forward pass, because the backward pass would gather it again.
+    return ParallelModel("fsdp", options.reason, model, synchronise, root.reshard)
 
 
 STRATEGIES: Mapping[str, Callable[[nn.Module, ParallelOptions], ParallelModel]] = {

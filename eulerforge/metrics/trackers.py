@@ -24,6 +24,7 @@ class StepMetrics:
         lr: the learning rate that the step used.
         grad_norm: L2 norm of all gradients before clipping.
         aux_loss: mean auxiliary loss of the step's micro-batches, None for a model without one.
+        eval_loss: cross entropy on held-out rows after this step, None where it was not evaluated.
         tokens: tokens trained on since the start (padding not counted).
         epoch: passes over the corpus so far, for example 1.25.
         elapsed: seconds since training began.
@@ -36,6 +37,7 @@ class StepMetrics:
     lr: float
     grad_norm: float
     aux_loss: float | None
+    eval_loss: float | None
     tokens: int
     epoch: float
     elapsed: float
@@ -54,6 +56,8 @@ class StepMetrics:
         }
         if self.aux_loss is not None:
             values["aux_loss"] = self.aux_loss
+        if self.eval_loss is not None:
+            values["eval_loss"] = self.eval_loss
         return values | {
             "tokens": self.tokens,
             "epoch": round(self.epoch, 6),
@@ -69,7 +73,7 @@ class Tracker(Protocol):
         """Called after every step."""
 
     def log(self, metrics: StepMetrics) -> None:
-        """Called every `log_steps` and at the last step, after `step`."""
+        """Called every `log_steps`, at evaluations and at the last step, after `step`."""
 
     def close(self) -> None:
         """Flush and release."""
@@ -97,6 +101,8 @@ class ConsoleTracker:
         ]
         if metrics.aux_loss is not None:
             parts.append(f"aux_loss={metrics.aux_loss:.4f}")
+        if metrics.eval_loss is not None:
+            parts.append(f"eval_loss={metrics.eval_loss:.4f}")
         parts.append(f"ETA {clock_time(metrics.seconds_left)}")
         self._console.say(" | ".join(parts))
 
@@ -167,6 +173,8 @@ class TensorBoardTracker:
         }
         if metrics.aux_loss is not None:
             scalars["train/aux_loss"] = metrics.aux_loss
+        if metrics.eval_loss is not None:
+            scalars["eval/loss"] = metrics.eval_loss
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, metrics.step)
         self._writer.flush()

@@ -80,9 +80,14 @@ def fixed_by_input(
     }
 
 
-def fixed_by_data(cache: TokenCache) -> dict[str, Any]:
-    """What must not change about the corpus: its tokens, wherever its files lie now."""
-    return {"data": f"{len(cache.tokens):,} tokens in {cache.documents:,} documents, content {cache.digest[:16]}"}
+def fixed_by_data(cache: TokenCache, held_out: int) -> dict[str, Any]:
+    """What must not change about the corpus: its tokens, wherever its files lie now, and those not trained on.
+
+    Args:
+        held_out: documents of the cache that are kept for validation.
+    """
+    content = f"{len(cache.tokens):,} tokens in {cache.documents:,} documents, content {cache.digest[:16]}"
+    return {"data": content, "held-out documents of the data": held_out}
 
 
 def require_unchanged(progress: Progress, current: Mapping[str, Any], checkpoint: str) -> list[str]:
@@ -124,6 +129,8 @@ def _advice(name: str, before: Any) -> str:
         )
     if name in _FIXED_SETTINGS:
         return f"set {name} back to {before}, or start a new run"
+    if name == "held-out documents of the data":
+        return f"set data.validation so that {before} documents are held out again, or start a new run"
     if name == "data":
         return "give the corpus that the run began with, or start a new run with model_dir: <the checkpoint>"
     if name == "tokenizer":

@@ -10,6 +10,7 @@ from eulerforge.errors import TrainingError
 from eulerforge.metrics.meters import SpeedMeter
 from eulerforge.metrics.trackers import StepMetrics, Tracker
 from eulerforge.optim.optimizer import set_learning_rate
+from eulerforge.train.evaluate import Evaluation
 from eulerforge.train.state import TrainState
 from eulerforge.train.step import StepParts, train_step
 
@@ -23,6 +24,7 @@ class LoopParts:
         learning_rate: of a step (1-based).
         rows_per_step, rows_per_epoch: over all ranks, for the epoch count.
         on_first_step: told the first loss, for a word on whether it looks like an untrained model's.
+        evaluate: the loss on held-out rows, None where there are none.
         save: writes a checkpoint of the current weights, or begins to (`async_checkpoint`).
         wait: until a checkpoint that was begun is complete; raises if it could not be written.
     """
@@ -31,12 +33,14 @@ class LoopParts:
     batches: Callable[[int], Sequence[MicroBatch]]
     learning_rate: Callable[[int], float]
     tracker: Tracker
+    evaluate: Callable[[], Evaluation] | None
     save: Callable[[int], None]
     wait: Callable[[], None]
     on_first_step: Callable[[float], None]
     max_steps: int
     log_steps: int
     save_steps: int
+    eval_steps: int
     rows_per_step: int
     rows_per_epoch: int
 
@@ -62,12 +66,17 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
         state.advance(result.tokens, meter.elapsed)
         if step == 1:
             parts.on_first_step(result.loss)
+        last = step == parts.max_steps
+        evaluation = Evaluation(None, result.stop)
+        if parts.evaluate is not None and not result.stop and (last or step % parts.eval_steps == 0):
+            evaluation = parts.evaluate()
         metrics = StepMetrics(
             step=step,
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
             aux_loss=result.aux_loss,
+            eval_loss=evaluation.loss,
             tokens=state.tokens,
             epoch=step * parts.rows_per_step / parts.rows_per_epoch,
             elapsed=meter.elapsed,
@@ -76,16 +85,15 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
             seconds_left=meter.seconds_left(parts.max_steps - step),
         )
         parts.tracker.step(metrics)
-        last = step == parts.max_steps
-        if last or step % parts.log_steps == 0:
+        if last or evaluation.loss is not None or step % parts.log_steps == 0:
             parts.tracker.log(metrics)
         if result.save_failed:
             parts.wait()
-        saves = last or result.stop or step % parts.save_steps == 0
+        saves = last or evaluation.stop or step % parts.save_steps == 0
         if saves:
             parts.save(step)
         # A signal that came during a long save should not wait for another step and another save.
-        if not last and (result.stop or (saves and parts.step.agree_to_stop())):
+        if not last and (evaluation.stop or (saves and parts.step.agree_to_stop())):
             state.stopped = True
             break
     parts.wait()
