@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,8 @@ def write_inputs(folder: Path, model: dict[str, Any], vocab_size: int, preset: d
     data = {"path": str(folder / "corpus.jsonl"), "cache_dir": str(folder / "cache")} | preset["data"]
     paths = {"device": "cpu", "model_dir": str(folder / "model"), "tokenizer": str(folder / "tokenizer")}
     (folder / "preset.yml").write_text(yaml.safe_dump(paths | preset | {"data": data}))
+
+
+def environment() -> dict[str, str]:
+    """For a process of a benchmark: no model hub, and this checkout's modules."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

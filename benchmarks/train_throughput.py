@@ -8,7 +8,6 @@ memory is the process's maximum resident set.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inputs import write_inputs
+from benchmarks.inputs import environment, write_inputs
 
 ROUNDS = 3
 STEPS = 30
@@ -47,7 +46,7 @@ def main() -> None:
         for _ in range(ROUNDS):
             for side, seen in results.items():
                 command = [sys.executable, "-m", "benchmarks.train_throughput", side, str(folder)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True, env=_environment())
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
                 seen.append(json.loads(done.stdout.splitlines()[-1]))
     print(f"Llama, {BATCH} rows of {LENGTH} tokens, float32, CPU, {ROUNDS} rounds of {STEPS} steps, medians:")
     medians = {
@@ -58,10 +57,6 @@ def main() -> None:
     ours, theirs = medians["eulerforge"], medians["trainer"]
     print(f"  ratio       {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} x tokens/s, ", end="")
     print(f"{ours['peak_mib'] / theirs['peak_mib']:.2f} x memory")
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def _prepare(folder: Path) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from eulerforge.distributed.context import ProcessContext
@@ -204,7 +203,7 @@ class Checkpointer:
     def _disk_errors(self, target: Path) -> AbstractContextManager[None]:
         last = self._newest
         kept = "there is no earlier checkpoint" if last is None else f"{shown_path(last)} is kept and complete"
-        return disk_errors(target, kept, self._context.rank)
+        return disk_errors(target, kept)
 
     def _remove_old(self, keep: int) -> None:
         """Remove this run's oldest complete checkpoints. Damaged ones do not count, and are left alone."""
@@ -223,24 +222,21 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def disk_errors(target: Path, kept: str, rank: int = 0) -> Iterator[None]:
+def disk_errors(target: Path, kept: str) -> Iterator[None]:
     """Failures of disks, by whatever library they are told, become one error that says what is left.
 
     Args:
         target: what is being written.
         kept: what there is besides.
-        rank: this process, to tell its failures from others' that torch.distributed.checkpoint reports.
     """
     try:
         yield
     except EulerForgeError:
         raise
     except Exception as error:
-        reason = _disk_reason(error, rank)
+        reason = _disk_reason(error)
         if reason is None:
             raise
-        if reason == "":
-            raise PeerFailedError(f"another process could not write {target.name}", "see its message") from error
         raise CheckpointError(
             f"{shown_path(target)} could not be written: {reason}; {kept}",
             "make the run directory writable and give it space, then run again with --resume",
@@ -307,11 +303,8 @@ def _copied(tensors: Tensors) -> Tensors:
     return copy
 
 
-def _disk_reason(error: BaseException, rank: int) -> str | None:
-    """Why a file could not be written. "" if another process says why; None if it was not about files."""
-    if isinstance(error, CheckpointException):
-        own = error.failures.get(rank)
-        return "" if own is None else _disk_reason(own[0], rank)
+def _disk_reason(error: Exception) -> str | None:
+    """Why a file could not be written, None if it was not about files."""
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
     text = str(error)

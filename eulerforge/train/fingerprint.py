@@ -7,6 +7,7 @@ its loss curve would lie. `settings` are the preset's values; they may change, a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,7 +70,9 @@ def fixed_by_input(
 ) -> dict[str, Any]:
     """What must not change and is known before the model is loaded."""
     settings = preset_settings(preset)
-    config = {f"{_CONFIG}{key}": value for key, value in directory.config.items() if key not in _NOT_THE_MODEL}
+    config = {
+        f"{_CONFIG}{key}": _finite(value) for key, value in directory.config.items() if key not in _NOT_THE_MODEL
+    }
     code = {f"{_CODE}{name}": _hash((directory.path / name).read_bytes()) for name in sorted(directory.code)}
     return {
         **config,
@@ -149,6 +152,17 @@ def setting_changes(progress: Progress, preset: PretrainPreset) -> tuple[list[st
     }
     plain = [text for key, text in changed.items() if key not in _SHAPING_SETTINGS]
     return plain, [text for key, text in changed.items() if key in _SHAPING_SETTINGS]
+
+
+def _finite(value: Any) -> Any:
+    """A value of config.json as strict JSON can hold it (transformers writes Infinity), and equal to itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [_finite(element) for element in value]
+    if isinstance(value, dict):
+        return {key: _finite(element) for key, element in value.items()}
+    return value
 
 
 def _hash(content: bytes) -> str:

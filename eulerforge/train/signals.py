@@ -16,6 +16,9 @@ from eulerforge.errors import StoppedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+_CLOCK_SECONDS = 2**31 - 1
+"""The longest time that every platform's timer takes: 68 years."""
+
 
 class StopWatch:
     """Listens for stop signals while its context is open.
@@ -30,7 +33,7 @@ class StopWatch:
 
     def set_timer(self, minutes: float) -> None:
         """Ask this process to stop after a time, as a signal would."""
-        signal.setitimer(signal.ITIMER_REAL, minutes * 60)
+        signal.setitimer(signal.ITIMER_REAL, min(minutes * 60, _CLOCK_SECONDS))
 
     def defer(self) -> None:
         """From now on a signal sets the flag only.

@@ -10,8 +10,10 @@ JSON and safetensors only: nothing here is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from eulerforge.errors import ResumeError
+from eulerforge.errors import PeerFailedError, ResumeError
 from eulerforge.train.manifest import STATE_FOLDER
 
 # One process needs no process group; torch says so each time.
@@ -61,10 +64,15 @@ def master_tensors(model: nn.Module) -> Tensors:
 
 
 def write_shared(checkpoint: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
-    """Write this process's part of the shards. All processes of `group` must call it."""
+    """Write this process's part of the shards. All processes of `group` must call it.
+
+    Raises:
+        PeerFailedError: another process failed; where this one did, its own error is raised.
+    """
     folder = checkpoint / STATE_FOLDER / _SHARDS
     writer = HuggingFaceStorageWriter(str(folder), _files_by_size(tensors), save_distributed=True)
-    save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+    with _own_failure(group):
+        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def read_shared(checkpoint: Path, tensors: Tensors, group: dist.ProcessGroup | None, kind: str = "") -> None:
@@ -92,7 +100,22 @@ def read_shared(checkpoint: Path, tensors: Tensors, group: dist.ProcessGroup | N
             f"{checkpoint}: the optimiser state does not fit the model: {len(odd)} entries differ: {shown}",
             "resume with the model that the run began with",
         )
-    load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+    with _own_failure(group):
+        load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+@contextlib.contextmanager
+def _own_failure(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """torch.distributed.checkpoint raises the failures of all processes together, and not as an `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        failure = error.failures.get(0 if group is None else dist.get_rank(group))
+        if failure is None:
+            raise PeerFailedError(
+                "another process could not do its part of a checkpoint", "see its message"
+            ) from error
+        raise failure[0] from error
 
 
 def _files_by_size(tensors: Tensors) -> dict[str, int]:
