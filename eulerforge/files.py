@@ -96,6 +96,12 @@ def sync_tree(folder: Path) -> None:
     sync_directory(folder)
 
 
+def tree_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def shown_path(path: Path) -> str:
     """A path as short as it stays clear: relative to the current directory where it lies below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

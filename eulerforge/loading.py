@@ -23,7 +23,7 @@ from eulerforge.data.rows import DocumentRows, PackedRows, require_rows
 from eulerforge.distributed.context import ProcessContext
 from eulerforge.distributed.parallelize import ParallelModel
 from eulerforge.errors import OutputError, ResumeError
-from eulerforge.files import shown_path
+from eulerforge.files import shown_path, tree_bytes
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import binary_size
 from eulerforge.models.tokenizer import Tokenizer, adopt_special_ids, load_tokenizer
@@ -32,7 +32,7 @@ from eulerforge.train.checkpoint import checkpoint_bytes
 from eulerforge.train.fingerprint import fixed_by_data, fixed_by_input, require_unchanged, setting_changes
 from eulerforge.train.load import ModelRequest, load_model
 from eulerforge.train.resume import choose_checkpoint
-from eulerforge.train.run_directory import DEFAULT_PARENT
+from eulerforge.train.run_directory import DEFAULT_PARENT, RunDirectory
 from eulerforge.train.signals import StopWatch
 from eulerforge.train.state import Progress
 from eulerforge.train.trainer_state import BufferWatch
@@ -209,7 +209,10 @@ def _look_for_space(setup: Setup) -> None:
     folder = Path(setup.flight.run_plan.output_dir or DEFAULT_PARENT).expanduser().absolute()
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     needed = checkpoint_bytes(setup.model, setup.saved, setup.masters)
-    free = shutil.disk_usage(existing).free
+    used = setup.flight.run_plan.directory_in_use()
+    # What a killed save has left is removed before the next one.
+    removable = 0 if used is None else sum(map(tree_bytes, RunDirectory(used).leftovers()))
+    free = shutil.disk_usage(existing).free + removable
     if free < needed:
         raise OutputError(
             f"output_dir: a checkpoint of this model needs about {binary_size(needed)}, and {binary_size(free)} is "

@@ -66,26 +66,27 @@ def _open_run(setup: Setup, held: contextlib.ExitStack) -> RunDirectory:
         return str(run.path)
 
     path = Path(context.from_main("run directory", make))
-    _require_shared(path, context)
     run = RunDirectory(path) if context.is_main else NullRunDirectory(path)
+    _require_shared(run, context)
     for line in run.tidy(setup.point.progress.step if setup.point else 0):
         setup.console.say(line)
     return run
 
 
-def _require_shared(path: Path, context: ProcessContext) -> None:
+def _require_shared(run: RunDirectory, context: ProcessContext) -> None:
     """All nodes must see the run directory, because every process writes its part of a checkpoint there.
 
     Raises:
         OutputError: this node does not.
     """
-    # A network file system may need a moment to show a new directory.
+    mark = context.from_main("mark of the run directory", run.mark)
+    # A network file system may need a moment to show a new file.
     for _ in range(50):
-        if path.is_dir():
+        if run.mark() == mark:
             return
         time.sleep(0.1)
     raise OutputError(
-        f"output_dir: {path} was made by rank 0, but is not visible on node {context.node}",
+        f"output_dir: {run.path} on node {context.node} is not the directory that rank 0 writes to",
         "set output_dir to a file system that all nodes share",
     )
 

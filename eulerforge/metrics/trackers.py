@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from eulerforge.errors import TrainingError
 from eulerforge.files import write_bytes
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import clock_time
@@ -194,8 +195,15 @@ class CompositeTracker:
             tracker.step(metrics)
 
     def log(self, metrics: StepMetrics) -> None:
-        for tracker in self._trackers:
-            tracker.log(metrics)
+        try:
+            for tracker in self._trackers:
+                tracker.log(metrics)
+        except OSError as error:
+            raise TrainingError(
+                f"step {metrics.step}: metrics cannot be written: {error.strerror or error}; checkpoints are kept",
+                "make the run directory writable and give it space, then run again with --resume",
+                see="docs/checkpoints.md",
+            ) from error
 
     def close(self) -> None:
         for tracker in self._trackers:

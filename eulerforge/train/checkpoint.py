@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -142,16 +142,15 @@ class Checkpointer:
 
     def _collect(self) -> _Content:
         """This process's part of the state, as it is now."""
-        content = _Content(
+        shared = shared_tensors(self._model, self._optimizer, self._settings.masters)
+        copy = self._settings.asynchronous
+        return _Content(
             self._progress(),
-            gather_state(self._model, self._settings.saved, keep=self._context.is_main),
-            shared_tensors(self._model, self._optimizer, self._settings.masters),
+            gather_state(self._model, self._settings.saved, keep=self._context.is_main, copy=copy),
+            _copied(shared) if copy else shared,
             capture_rng(self._context.device),
             self._buffers.changed(),
         )
-        if self._thread is None:
-            return content
-        return replace(content, weights=_copied(content.weights), shared=_copied(content.shared))
 
     def _write(self, target: Path, content: _Content) -> None:
         temporary = temporary_name(target)

@@ -57,11 +57,14 @@ def write_model_directory(
     write_json(target / "config.json", config)
 
 
-def gather_state(model: Any, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
+def gather_state(model: Any, dtype: torch.dtype, keep: bool, copy: bool = False) -> dict[str, torch.Tensor]:
     """Weights as saved: whole, on CPU, floating-point parameters in `dtype`; tied weights stay one tensor.
 
     Sharded weights are gathered one after the other, so every process must call this. Where `keep` is False a tensor
     is dropped as soon as it has been gathered, and the result is empty.
+
+    Args:
+        copy: no tensor shares memory with the model, which may change it later.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     converted: dict[int, torch.Tensor] = {}
@@ -71,7 +74,8 @@ def gather_state(model: Any, dtype: torch.dtype, keep: bool) -> dict[str, torch.
             whole = full_tensor(tensor.detach())
             if keep:
                 cast = name in parameters and whole.is_floating_point()
-                converted[id(tensor)] = whole.to(device="cpu", dtype=dtype if cast else whole.dtype)
+                target = whole.to(device="cpu", dtype=dtype if cast else whole.dtype)
+                converted[id(tensor)] = target.clone() if copy and target.data_ptr() == tensor.data_ptr() else target
             else:
                 converted[id(tensor)] = torch.empty(0)
         if keep:

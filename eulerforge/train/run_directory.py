@@ -133,14 +133,28 @@ class RunDirectory:
         Raises:
             OutputError: another run is at work in this directory.
         """
-        with (self.path / LOCK).open("w") as file:
+        with (self.path / LOCK).open("a+") as file:
             _lock(file, self.path)
+            file.truncate(0)
+            file.write(secrets.token_hex(8))
+            file.flush()
             yield
+
+    def mark(self) -> str:
+        """What the process that holds the lock has written into it: tells whether two nodes see one directory."""
+        try:
+            return (self.path / LOCK).read_text()
+        except OSError:
+            return ""
+
+    def leftovers(self) -> list[Path]:
+        """What a killed process has not completed."""
+        return sorted(self.path.glob(f".*{TEMPORARY}"))
 
     def tidy(self, step: int) -> list[str]:
         """Put the directory into the state of the end of `step`; what was done, in words."""
         done = []
-        for path in sorted(self.path.glob(f".*{TEMPORARY}")):
+        for path in self.leftovers():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             done.append(f"Removed {path.name}, left by a save that was not completed")
         for path in self.checkpoints():

@@ -178,11 +178,17 @@ class BufferWatch:
         }
 
     def restore(self, buffers: Tensors) -> None:
-        """Put values back in place."""
+        """Put values back: in place, or as new buffers where a forward pass had made or enlarged them."""
         own = dict(self._model.named_buffers())
-        with torch.no_grad():
-            for name, value in buffers.items():
+        device = next(self._model.parameters()).device
+        for name, value in buffers.items():
+            if name in own and own[name].shape == value.shape:
                 own[name].copy_(value)
+            else:
+                owner, _, leaf = name.rpartition(".")
+                module = self._model.get_submodule(owner)
+                persistent = name in own and leaf not in module._non_persistent_buffers_set
+                module.register_buffer(leaf, value.to(device), persistent=persistent)
         self._restored |= buffers.keys()
 
 
