@@ -7,6 +7,7 @@ its loss curve would lie. `settings` are the preset's values; they may change, a
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,9 +105,9 @@ def require_unchanged(progress: Progress, current: Mapping[str, Any], checkpoint
     """
     problems, warnings = [], []
     for name in sorted({*current, *_names_like(progress.fixed, current)}):
-        before, now = progress.fixed.get(name), current.get(name)
-        if before == now:
+        if progress.fixed.get(name) == current.get(name):
             continue
+        before, now = _shown(progress.fixed, name), _shown(current, name)
         if name.startswith(_CODE):
             warnings.append(f"{name.removeprefix(_CODE)} of the model's code is not as it was at {checkpoint}")
         else:
@@ -124,7 +125,15 @@ def _names_like(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Iterat
         yield from (name for name in stored if name.startswith((_CONFIG, _CODE)))
 
 
-def _advice(name: str, before: Any) -> str:
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    """A value as the preset or config.json would have it: `true`, `null`, not Python's words."""
+    if name not in values:
+        return "not set"
+    value = values[name]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _advice(name: str, before: str) -> str:
     if name == "rows per step":
         return (
             f"keep batch_size x grad_accum_steps x processes = {before}; "
@@ -146,7 +155,7 @@ def setting_changes(progress: Progress, preset: PretrainPreset) -> tuple[list[st
     keeping, and those that change the course of training."""
     now = preset_settings(preset)
     changed = {
-        key: f"{key} {progress.settings.get(key)} -> {now.get(key)}"
+        key: f"{key} {_shown(progress.settings, key)} -> {_shown(now, key)}"
         for key in sorted({*progress.settings, *now})
         if progress.settings.get(key) != now.get(key)
     }

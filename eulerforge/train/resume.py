@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eulerforge.config.paths import expand_path
-from eulerforge.errors import Problem, ResumeError
+from eulerforge.errors import OutputError, Problem, ResumeError
 from eulerforge.files import shown_path
 from eulerforge.train.manifest import STATE_FOLDER, find_damage
 from eulerforge.train.run_directory import CONFIG, RunDirectory, check_output_dir, step_of
@@ -86,9 +86,8 @@ def plan_run(output_dir: str | None, resume: str | None) -> RunPlan:
             f"--resume: {home} holds neither {CONFIG} nor a checkpoint",
             "give a run directory or a checkpoint-N in one",
         )
-    if output_dir is not None and expand_path(output_dir, "output_dir", ResumeError) != home:
-        check_output_dir(output_dir)
-        return RunPlan(output_dir, home, checkpoint, branch=True)
+    if output_dir is not None and not _is_same(expand_path(output_dir, "output_dir", ResumeError), home):
+        return _branch(output_dir, home, checkpoint)
     if not (home / CONFIG).is_file():
         raise ResumeError(
             f"--resume: {home} is not a run directory ({CONFIG} is missing)",
@@ -96,6 +95,22 @@ def plan_run(output_dir: str | None, resume: str | None) -> RunPlan:
         )
     check_output_dir(str(home), may_be_used=True)
     return RunPlan(str(home), home, checkpoint)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether both are names of one directory (scratch directories are often links)."""
+    return one == other or (one.exists() and one.samefile(other))
+
+
+def _branch(output_dir: str, home: Path, checkpoint: Path | None) -> RunPlan:
+    target = expand_path(output_dir, "output_dir", OutputError)
+    if target.is_dir() and any(target.iterdir()):
+        raise OutputError(
+            f"output_dir: {target} is not empty, and --resume names another run",
+            f"give --resume {output_dir} to go on with the run in it, or choose a new output_dir",
+        )
+    check_output_dir(output_dir)
+    return RunPlan(output_dir, home, checkpoint, branch=True)
 
 
 def _looks_like_checkpoint(path: Path) -> bool:

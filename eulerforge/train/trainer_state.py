@@ -180,7 +180,6 @@ class BufferWatch:
     def restore(self, buffers: Tensors) -> None:
         """Put values back: in place, or as new buffers where a forward pass had made or enlarged them."""
         own = dict(self._model.named_buffers())
-        device = next(self._model.parameters()).device
         for name, value in buffers.items():
             if name in own and own[name].shape == value.shape:
                 own[name].copy_(value)
@@ -188,6 +187,7 @@ class BufferWatch:
                 owner, _, leaf = name.rpartition(".")
                 module = self._model.get_submodule(owner)
                 persistent = name in own and leaf not in module._non_persistent_buffers_set
+                device = next(self._model.parameters(), value).device
                 module.register_buffer(leaf, value.to(device), persistent=persistent)
         self._restored |= buffers.keys()
 
