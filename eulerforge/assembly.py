@@ -200,15 +200,17 @@ def write_model(setup: Setup, target: Path, weights: dict[str, torch.Tensor]) ->
     write_model_directory(target, setup.model, weights, setup.tokenizer, setup.flight.directory, setup.saved)
 
 
-def config_snapshot(setup: Setup, run_id: str) -> dict[str, Any]:
+def config_snapshot(setup: Setup, run: RunDirectory, run_id: str) -> dict[str, Any]:
     """Content of pretrain_config.json."""
     flight, tokenizer, cache = setup.flight, setup.tokenizer, setup.cache
     preset = flight.preset.model_dump(mode="json")
     preset["model_dir"] = str(flight.directory.path)
     preset["data"]["path"] = str(Path(str(preset["data"]["path"])).expanduser().absolute())
     point = setup.point
+    branched_from = point.checkpoint if point is not None and flight.run_plan.branch else run.branched_from
     return {
         "run_id": run_id,
+        "branched_from": None if branched_from is None else str(branched_from),
         "resumed_from": None if point is None else {"checkpoint": str(point.checkpoint), "step": point.progress.step},
         "preset": preset,
         "preset_file": str(flight.loaded.path.absolute()),

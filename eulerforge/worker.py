@@ -98,7 +98,7 @@ def _train(setup: Setup, run: RunDirectory, watch: StopWatch) -> None:
         state = TrainState(point.progress.step, point.progress.tokens, point.progress.elapsed)
     with run.recorded(state):
         run_id = setup.context.from_main("run id", lambda: _run_id(setup, run))
-        run.write_config(config_snapshot(setup, run_id))
+        run.write_config(config_snapshot(setup, run, run_id))
         _announce(setup, run)
         if setup.training.max_minutes is not None:
             console.say(f"Stopping in order after {setup.training.max_minutes:g} minutes (training.max_minutes)")

@@ -127,6 +127,8 @@ def _looks_like_checkpoint(path: Path) -> bool:
 def choose_checkpoint(plan: RunPlan, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, every byte of it verified; None if the run has not saved any yet.
 
+    A run that has branched off another, and has not saved yet, begins again where it did.
+
     Args:
         say: prints a line for each one that is skipped.
 
@@ -152,7 +154,14 @@ def choose_checkpoint(plan: RunPlan, say: Callable[[str], None]) -> Path | None:
         say(f"Skipped {shown_path(path)}: {reason}")
     if problems:
         raise ResumeError.of(problems)
-    return None
+    origin = run.branched_from
+    if origin is not None and (damage := find_damage(origin, contents=True)):
+        raise ResumeError(
+            f"--resume: the run in {shown_path(run.path)} has no checkpoint yet, and the one it began with, "
+            f"{shown_path(origin)}, cannot be used: {damage}",
+            _ADVICE,
+        )
+    return origin
 
 
 _ADVICE = "copy it back from a backup, or move it away: a run without any checkpoint starts from the beginning"

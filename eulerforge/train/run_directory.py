@@ -119,6 +119,12 @@ class RunDirectory:
         value = _read_object(self.path / CONFIG).get("run_id")
         return value if isinstance(value, str) else None
 
+    @property
+    def branched_from(self) -> Path | None:
+        """The checkpoint of another run with which this one began, None if it began at step 1."""
+        value = _read_object(self.path / CONFIG).get("branched_from")
+        return Path(value) if isinstance(value, str) else None
+
     def finished_step(self) -> int | None:
         """The last step of a finished run, None for any other."""
         status = _read_object(self.path / STATUS)
