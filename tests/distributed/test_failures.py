@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.kit.commands import Result, Workspace, run_command
 from tests.kit.models import write_custom, write_faulty, write_llama
+from tests.kit.processes import Command, pretrain
 from tests.kit.tokenizers import write_byte_tokenizer
 
 DEADLINE = 120.0
@@ -76,7 +76,7 @@ def test_one_rank_fails(ready: Workspace, phase: str, kind: str) -> None:
             # Rank 0 may have been done with the disk when rank 1 went; what has its name is complete.
             assert (phase, checkpoint.name) == ("save", "checkpoint-4")
             assert load_file(checkpoint / "model.safetensors")
-        assert not list((ready.path / "run").glob(".*"))
+        assert [path.name for path in (ready.path / "run").glob(".*")] == [".lock"]
 
 
 def test_waiting_for_data_is_not_bound_to_the_timeout_of_collectives(ready: Workspace) -> None:
@@ -114,66 +114,45 @@ def test_nan_on_one_rank_stops_all_and_keeps_the_checkpoint(ready: Workspace) ->
     assert ready.status()["status"] == "failed"
 
 
-@pytest.mark.parametrize(
-    ("number", "target"),
-    [(signal.SIGTERM, "parent"), (signal.SIGUSR1, "parent"), (signal.SIGINT, "parent"), (signal.SIGTERM, "rank 1")],
-)
-def test_a_signal_stops_all_ranks_at_the_same_step(ready: Workspace, number: signal.Signals, target: str) -> None:
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, None), (signal.SIGUSR1, 1)])
+def test_a_signal_stops_all_ranks_at_the_same_step(
+    ready: Workspace, number: signal.Signals, rank: int | None
+) -> None:
+    """While steps go by; test_preemption.py has the moments that must be met exactly."""
     write_custom(ready.path / "model", "probe")
     write_byte_tokenizer(ready.path / "model")
     preset = ready.preset(trust_remote_code=True, training__max_steps=1_000_000, training__save_steps=1_000_000)
-    command = [sys.executable, "-m", "eulerforge", "pretrain", "--preset", str(preset), "--nproc", "2"]
-    environment = os.environ | {"PROBE_DIR": str(ready.path)}
-    with subprocess.Popen(
-        command, cwd=ready.path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as parent:
-        _wait_for_steps(ready.path / "run" / "metrics.jsonl", 3)
-        (psutil.Process(parent.pid) if target == "parent" else _rank(ready.path, "1")).send_signal(number)
-        _, err = parent.communicate(timeout=DEADLINE)
-    assert parent.returncode == 1
-    assert err.count("Error: stopped by a signal") == 1
-    assert "Traceback" not in err
+    with pretrain(preset, "--nproc", "2", cwd=ready.path, PROBE_DIR=str(ready.path)) as run:
+        _wait_for_steps(run, ready.path / "run" / "metrics.jsonl", 3)
+        run.signal(number, rank)
+        assert run.end() == 75, run.out + run.err
+        assert run.left() == []
+        assert "Error" not in run.err
     status = ready.status()
-    assert status["status"] == "failed"
-    assert "stopped by a signal" in status["reason"]
-    calls = [len((ready.path / f"rank{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
+    assert status["status"] == "preempted"
+    assert status["reason"].startswith("stopped by ")
+    calls = [len((ready.path / f"rank{each}.jsonl").read_text().splitlines()) for each in range(2)]
     assert calls == [status["step"]] * 2
+    assert [path.name for path in (ready.path / "run").glob("checkpoint-*")] == [f"checkpoint-{status['step']}"]
 
 
 def test_a_signal_ends_a_single_process_after_its_step(ready: Workspace) -> None:
     write_llama(ready.path / "model")
     write_byte_tokenizer(ready.path / "model")
     preset = ready.preset(training__max_steps=1_000_000, training__save_steps=1_000_000)
-    command = [sys.executable, "-m", "eulerforge", "pretrain", "--preset", str(preset)]
-    with subprocess.Popen(
-        command, cwd=ready.path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as parent:
-        _wait_for_steps(ready.path / "run" / "metrics.jsonl", 3)
-        parent.send_signal(signal.SIGTERM)
-        _, err = parent.communicate(timeout=DEADLINE)
-    assert parent.returncode == 1
-    assert [line.split(":")[0] for line in err.splitlines()] == ["Error", "Fix", "See"]
-    assert "stopped by a signal (SIGTERM) after step" in err
-    assert ready.status()["step"] == len(ready.metrics())
+    with pretrain(preset, cwd=ready.path) as run:
+        _wait_for_steps(run, ready.path / "run" / "metrics.jsonl", 3)
+        run.signal(signal.SIGTERM)
+        assert run.end() == 75
+        assert run.err == ""
+        step = len(ready.metrics())
+        last = f"Stopped by SIGTERM after step {step}; run/checkpoint-{step} is complete. Go on with --resume."
+        assert run.out.splitlines()[-1] == f"[Pretrain] {last}"
+    assert ready.status() == {"status": "preempted", "step": step, "reason": "stopped by SIGTERM"}
 
 
-def _wait_for_steps(metrics: Path, steps: int) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _rank(folder: Path, rank: str) -> psutil.Process:
-    (found,) = [process for process in _started_from(folder) if _environment(process).get("RANK") == rank]
-    return found
-
-
-def _environment(process: psutil.Process) -> dict[str, Any]:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
+def _wait_for_steps(run: Command, metrics: Path, steps: int) -> None:
+    run.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= steps, f"step {steps}")
 
 
 def test_two_nodes_on_one_machine_give_the_numbers_of_one(ready: Workspace) -> None:

@@ -200,19 +200,6 @@ def test_experts_of_one_rank_only_get_the_gradients_of_one_process(
         assert moved[f"layers.{layer}.unused.weight"] == 0
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_optimiser_has_state_for_parameters_that_are_never_used(ready: Workspace, strategy: str) -> None:
-    model = write_custom(ready.path / "model", "experts", widths=[8, 8, 8])
-    preset = _preset(ready, model, distributed__strategy=strategy)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    result = run_python(
-        *torchrun, "-m", "tests.kit.optimizer_state", preset, str(ready.path), cwd=ready.path,
-        PYTHONPATH=str(Path(__file__).parents[2]), OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert result.code == 0, result.err
-    assert "state of 18 parameters" in result.out  # 2 x (3 experts x 2 + linear's 2) + embedding + head
-
-
 def test_a_model_without_blocks_is_not_sharded_as_one_giant_unit(ready: Workspace) -> None:
     preset = _preset(ready, write_custom(ready.path / "model", "probe"), distributed__strategy="fsdp")
     done = run_command(
@@ -253,6 +240,7 @@ def test_final_of_a_sharded_run_is_whole_and_loads(ready: Workspace) -> None:
     _parallel(ready, preset, "two", 2, "fsdp")
     run = ready.path / "two"
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
         "checkpoint-10",
         "checkpoint-20",
         "final",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.kit.processes import MARKER, marked, shown, until
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-MARKER = "EULERFORGE_TEST_MARKER"
 PARENT = """
 import json, sys
 from launch import job, torchrun
@@ -41,24 +42,6 @@ SHORT = {"GRACE_SECONDS": 3.0, "START_SECONDS": 2.0}
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="checks signals and processes in /proc")
 
 
-def _until(condition: Callable[[], bool], what: str, seconds: float = 40.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for: {what}"
-        time.sleep(0.02)
-
-
-def _marked(marker: str) -> list[str]:
-    """Command lines of living processes whose environment or command line has the marker."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            text = process.environ().get(MARKER, "") + " ".join(process.cmdline())
-            if marker in text and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {process.cmdline()}")
-    return found
-
-
 @dataclass
 class Run:
     """A started parent."""
@@ -71,7 +54,7 @@ class Run:
 
     def wait_for(self, *names: str) -> None:
         """Until the workers have made these files."""
-        _until(lambda: all((self.folder / name).exists() for name in names), f"{names} in {self.folder}")
+        until(lambda: all((self.folder / name).exists() for name in names), f"{names} in {self.folder}")
 
     def go(self, name: str = "go") -> None:
         """Make a file that workers wait for."""
@@ -135,7 +118,7 @@ class Launch:
 
     def left(self) -> list[str]:
         """Processes that still live."""
-        return _marked(self.marker)
+        return [shown(process) for process in marked(self.marker)]
 
 
 @pytest.fixture
@@ -154,9 +137,9 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         for run in launcher.runs:
             run.process.kill()
             run.process.wait()
-        for line in launcher.left():
+        for process in marked(launcher.marker):
             with contextlib.suppress(psutil.Error):
-                psutil.Process(int(line.split()[0])).kill()
+                process.kill()
 
 
 ALL_STARTED = ["wait for", "started-0", "started-1"]
@@ -247,7 +230,7 @@ def test_a_signal_reaches_every_worker_once(launch: Launch, number: signal.Signa
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         agent.send_signal(each)
     run.process.send_signal(signal.SIGUSR1)
-    _until(lambda: all(len(run.signals(rank)) == 2 for rank in (0, 1)), "the second signal")
+    until(lambda: all(len(run.signals(rank)) == 2 for rank in (0, 1)), "the second signal")
     run.go()
     assert (run.end(), run.err) == (75, "")
     assert run.signals(0) == run.signals(1) == [number.name, "SIGUSR1"]
@@ -256,12 +239,24 @@ def test_a_signal_reaches_every_worker_once(launch: Launch, number: signal.Signa
 def test_a_signal_before_the_workers_start_is_kept_for_them(launch: Launch) -> None:
     run = launch({"all": [["wait for signals", 1], ["end", 75]]})
     # From the moment on when the launch directory is there, the parent catches signals.
-    _until(lambda: bool(list(launch.temporary.iterdir())), "the launch directory")
-    _until(lambda: len(launch.left()) >= 2, "the agent")
+    until(lambda: bool(list(launch.temporary.iterdir())), "the launch directory")
+    until(lambda: len(launch.left()) >= 2, "the agent")
     run.process.send_signal(signal.SIGTERM)
     assert not (run.folder / "started-0").exists()
     assert (run.end(), run.err) == (75, "")
     assert run.signals(0) == run.signals(1) == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_worker_that_stops_while_it_is_set_up_ends_the_others(launch: Launch, told: bool) -> None:
+    """Its outcome says 75, its exit code is one that torchrun takes for a failure. The others stop or die."""
+    stopped: list[list[Any]] = [["outcome", 75, "stopped early", False], ["return", 75]]
+    other = [["wait for signals", 1], *stopped] if told else [["die of", "SIGTERM"], ["touch", "mortal"], ["hang"]]
+    run = launch({"0": other, "1": [ALL_STARTED, ["wait for", "go"], *stopped]})
+    run.wait_for("started-0", "started-1", *([] if told else ["mortal"]))
+    run.go()
+    assert (run.end(), run.err) == (75, "stopped early\n")
+    assert run.seconds < 25
 
 
 def test_nothing_outlives_a_killed_parent(launch: Launch) -> None:
@@ -269,7 +264,7 @@ def test_nothing_outlives_a_killed_parent(launch: Launch) -> None:
     run.wait_for("started-0", "started-1")
     run.process.kill()
     run.end()
-    _until(lambda: not launch.left(), "the end of agent and workers", 15)
+    until(lambda: not launch.left(), "the end of agent and workers", 15)
 
 
 def test_nothing_outlives_a_killed_agent(launch: Launch) -> None:
@@ -310,7 +305,7 @@ def _two_nodes(launch: Launch, *scripts: dict[str, list[list[Any]]]) -> list[Run
 def test_two_nodes(launch: Launch) -> None:
     script = {"all": [["wait for", "go"], ["end", 0]]}
     nodes = _two_nodes(launch, script, script)
-    _until(lambda: all(list(node.folder.glob("started-*")) for node in nodes), "a worker on each node")
+    until(lambda: all(list(node.folder.glob("started-*")) for node in nodes), "a worker on each node")
     started = [next(iter(node.folder.glob("started-*"))).name for node in nodes]
     assert sorted(started) == ["started-0", "started-1"]
     endpoint = json.loads((nodes[0].folder / started[0]).read_text())["environment"]
@@ -337,7 +332,7 @@ def test_a_failure_on_one_node_ends_the_other(launch: Launch, failing: int) -> N
 
 def test_a_stop_while_the_other_node_is_missing(launch: Launch) -> None:
     (run,) = _two_nodes(launch, {"all": [["end", 0]]})
-    _until(lambda: len(launch.left()) >= 2, "the agent")
+    until(lambda: len(launch.left()) >= 2, "the agent")
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 75
     assert run.err == "Stopped by SIGINT before the processes had started.\n"

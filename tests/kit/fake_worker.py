@@ -35,6 +35,9 @@ def main(folder: Path, script: dict[str, list[list[object]]]) -> int:
             case "ignore":
                 for name in values:
                     signal.signal(signal.Signals[str(name)], signal.SIG_IGN)
+            case "die of":
+                for name in values:
+                    signal.signal(signal.Signals[str(name)], signal.SIG_DFL)
             case "wait for":
                 while not all((folder / str(name)).exists() for name in values):
                     time.sleep(0.02)

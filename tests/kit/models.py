@@ -381,7 +381,120 @@ class KitTokenizer(PreTrainedTokenizerFast):
         return super().__call__(*args, **kwargs)
 '''
 
+_GATED = '''
+from .gate_kit import reach
+
+
+class Block(nn.Module):
+    def __init__(self, size, dropout):
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return x + self.dropout(torch.tanh(self.mix(x)))
+
+
+class KitModel(PreTrainedModel):
+    """Stops at the gates that $GATES names; writes the ids of each forward pass to $PROBE_DIR/rank{RANK}.jsonl.
+
+    At forward number $STOP_AT of this process, rank $STOP_RANK sends itself SIGTERM.
+    """
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        reach("build")
+        dropout = getattr(config, "dropout", 0.0)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config.hidden_size, dropout) for _ in range(2)])
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.forwards = 0
+        self.post_init()
+
+    def forward(self, input_ids):
+        self.forwards += 1
+        reach("forward")
+        rank = os.environ.get("RANK", "0")
+        if "PROBE_DIR" in os.environ:
+            with open(pathlib.Path(os.environ["PROBE_DIR"]) / f"rank{rank}.jsonl", "a") as sink:
+                sink.write(json.dumps(input_ids.tolist()) + "\\n")
+        if self.forwards == int(os.environ.get("STOP_AT", "0")) and rank == os.environ.get("STOP_RANK", "0"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+
+    def save_pretrained(self, *args, **kwargs):
+        reach("save")
+        return super().save_pretrained(*args, **kwargs)
+'''
+
+_GATE = '''
+"""Places where a process waits until the test lets it go on.
+
+$GATES: places as `name-number`, divided by spaces: `forward-3` is this process's third forward pass. It then makes
+$GATE_DIR/at-NAME-NUMBER-RANK and waits for $GATE_DIR/go-NAME-NUMBER. signals-RANK gets a byte for each signal that
+the process has received since its tokenizer or model was loaded.
+"""
+
+import atexit
+import collections
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+FOLDER = pathlib.Path(os.environ.get("GATE_DIR", "."))
+GATES = os.environ.get("GATES", "").split()
+RANK = os.environ.get("RANK", "0")
+# The starting weights of fsdp are built by a process of their own.
+HELPER = getattr(sys.modules["__main__"].__spec__, "name", "") == "eulerforge.models.initial"
+
+_visits = collections.Counter()
+
+
+def reach(name):
+    """Wait here if it is a gate."""
+    name = f"helper_{name}" if HELPER else name
+    _visits[name] += 1
+    place = f"{name}-{_visits[name]}"
+    if place in GATES:
+        (FOLDER / f"at-{place}-{RANK}").touch()
+        deadline = time.monotonic() + 120
+        while not (FOLDER / f"go-{place}").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+if GATES and not HELPER and threading.current_thread() is threading.main_thread():
+    # The system's own note of a signal: it comes whatever the handler does.
+    notes = os.open(FOLDER / f"signals-{RANK}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.set_blocking(notes, False)
+    signal.set_wakeup_fd(notes)
+    atexit.register(reach, "exit")
+'''
+
+_GATED_TOKENIZATION = '''
+from transformers import PreTrainedTokenizerFast
+
+from .gate_kit import reach
+
+
+class KitTokenizer(PreTrainedTokenizerFast):
+    """Tokenising may be stopped at the gate `tokenize`."""
+
+    def __call__(self, *args, **kwargs):
+        reach("tokenize")
+        return super().__call__(*args, **kwargs)
+'''
+
 CODE = {
+    "gated": _GATED,
     "faulty": _FAULTY,
     "experts": _EXPERTS,
     "stateful": _STATEFUL,
@@ -425,13 +538,29 @@ def write_faulty(path: Path) -> Path:
     """A model directory with its own tokenizer, both under the command of $FAULT and $FAULT_DIR."""
     write_custom(path, "faulty")
     (path / "fault_kit.py").write_text(_FAULT)
-    (path / "tokenization_kit.py").write_text(_TOKENIZATION)
+    _write_tokenizer_with_code(path, _TOKENIZATION)
+    return path
+
+
+def write_gated(path: Path, **config: Any) -> Path:
+    """A model directory with its own tokenizer, both with gates at which a test holds them ($GATES, $GATE_DIR).
+
+    Args:
+        config: further keys of config.json: `dropout`.
+    """
+    write_custom(path, "gated", **config)
+    (path / "gate_kit.py").write_text(_GATE)
+    _write_tokenizer_with_code(path, _GATED_TOKENIZATION)
+    return path
+
+
+def _write_tokenizer_with_code(path: Path, code: str) -> None:
+    (path / "tokenization_kit.py").write_text(code)
     write_byte_tokenizer(path)
     config = json.loads((path / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "KitTokenizer"
     config["auto_map"] = {"AutoTokenizer": [None, "tokenization_kit.KitTokenizer"]}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
 
 
 def write_llama(path: Path, **config: Any) -> Path:

@@ -25,11 +25,11 @@ def test_a_directory_appears_under_its_name_only_when_complete(tmp_path: Path) -
     assert (target / "sub" / "a.txt").read_text() == "a"
 
 
-def test_parents_are_made(tmp_path: Path) -> None:
-    target = tmp_path / "a" / "b"
-    with publish_directory(target) as temporary:
-        (temporary / "x").write_text("x")
-    assert _names(target) == ["x"]
+def test_parents_are_not_made(tmp_path: Path) -> None:
+    """When the parent has gone (an unmounted disk), data written to another place would be lost."""
+    with pytest.raises(FileNotFoundError), publish_directory(tmp_path / "a" / "b"):
+        raise AssertionError("entered")
+    assert _names(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

@@ -262,7 +262,10 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     context = start_processes("cpu", 1, 1.0)
     assert (context.rank, context.world_size, context.is_main, context.store) == (0, 1, True, None)
     assert context.sum([1.5, 2.0]) == [1.5, 2.0]
-    assert context.broadcast(lambda: "value") == "value"
+    assert context.from_main("x", lambda: "value") == "value"
+    assert context.gather("x", "own") == ["own"]
+    assert context.meet_unless("here", lambda: False) is True
+    assert context.meet_unless("here", lambda: True) is False
     context.meet("here")
     with context.main_first("a"), context.local_main_first("b"):
         pass
