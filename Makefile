@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # installed without its dependencies; what it imports is in the `dev` extra.
 EULERSTACK := eulerstack==0.1.3
 
-.PHONY: demo test check matrix bench install clean
+.PHONY: demo test check matrix chaos bench install clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,6 +30,12 @@ test: check
 
 matrix: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m matrix tests/distributed
+
+# Kills and signals at random moments; half an hour.
+chaos: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos kills --count 40 --strategy ddp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos kills --count 40 --strategy fsdp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos signals --count 20
 
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'

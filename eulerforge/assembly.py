@@ -20,6 +20,7 @@ import eulerforge
 from eulerforge.data.rows import HeldOutBatches, StepBatches
 from eulerforge.loading import Setup
 from eulerforge.metrics.console import Console
+from eulerforge.metrics.meters import counted
 from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker
 from eulerforge.models.build import embedding_rows
 from eulerforge.models.forward import CausalForward
@@ -170,7 +171,7 @@ def _restore(setup: Setup, optimizer: torch.optim.Optimizer, checkpointer: Check
     # Each rank had its own stream; another number of ranks has no use for those.
     seed_rng(setup.training.seed + context.rank + context.world_size * (point.progress.step + 1))
     setup.console.say(
-        f"{point.checkpoint.name} was written by {point.progress.world_size} processes, this run has "
+        f"{point.checkpoint.name} was written by {counted(point.progress.world_size)}, this run has "
         f"{context.world_size}: random numbers (dropout) begin anew"
     )
 

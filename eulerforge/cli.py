@@ -201,7 +201,6 @@ def _pretrain_until(arguments: argparse.Namespace, watch: StopWatch) -> int:
     if plan.mode == "torchrun":
         for line in (*map("Warning: {}".format, plan.warnings), *plan.reasons):
             console.say(line)
-        watch.defer()  # from here on the launcher handles signals
         with _launch_errors():
             return torchrun.run(plan, _worker_arguments(arguments))
     _train(flight, plan, console, watch)

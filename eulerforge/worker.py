@@ -21,6 +21,7 @@ from eulerforge.errors import OutputError, StoppedError
 from eulerforge.files import publish_directory, shown_path
 from eulerforge.loading import LaunchDecisions, Setup, set_up
 from eulerforge.metrics.console import Console
+from eulerforge.metrics.meters import counted
 from eulerforge.preflight import Preflight
 from eulerforge.train.checkpoint import disk_errors
 from eulerforge.train.export import gather_state
@@ -124,8 +125,7 @@ def _announce(setup: Setup, run: RunDirectory) -> None:
     """The last lines before the first step: what will be trained, how, and where it goes."""
     training, context, say = setup.training, setup.context, setup.console.say
     say(f"Run directory: {shown_path(run.path)}")
-    processes = "process" if context.world_size == 1 else "processes"
-    shape = f"{training.batch_size} rows x {setup.accumulation} micro-batches x {context.world_size} {processes}"
+    shape = f"{training.batch_size} rows x {setup.accumulation} micro-batches x {counted(context.world_size)}"
     rows = setup.rows_per_step
     say(f"Global batch: {shape} = {rows} rows, up to {rows * setup.rows.max_length:,} tokens per step")
     say(

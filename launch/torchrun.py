@@ -148,22 +148,19 @@ def _check_port(port: int) -> None:
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[deque[signal.Signals]]:
-    """Collect stop signals instead of dying of them. Once there was one, a second must not kill this process while it
-    leaves in order: the handlers then stay."""
+    """Collect stop signals instead of dying of them.
+
+    The handlers stay in place afterwards: a signal that comes while this process is leaving must not turn the end of
+    a finished or saved run into a death by signal.
+    """
     caught: deque[signal.Signals] = deque()
-    seen: list[signal.Signals] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number))
-        seen.append(signal.Signals(number))
 
     if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
         yield caught
         return
-    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            if not seen:
-                signal.signal(number, handler)
+    for number in STOP_SIGNALS:
+        signal.signal(number, remember)
+    yield caught

@@ -14,7 +14,6 @@ parametrised over the table.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -110,16 +109,29 @@ def _ddp(model: nn.Module, options: ParallelOptions) -> ParallelModel:
     # DDP stops with an error at the second step when a parameter got no gradient on some rank. With every parameter
     # anchored to the output, none is left without one.
     anchor_parameters(model, within=model, without=())
-    # The search for unused parameters finds none, but with it DDP keeps its first layout of buckets. Otherwise it
-    # makes another after the first step, and with three ranks or more the order of an element's sum depends on the
+    # The search for unused parameters is not needed then, but with it DDP keeps its first layout of buckets. Without,
+    # it makes another after the first step, and with three ranks or more the order of an element's sum depends on the
     # layout: a resumed run, whose first step is a later one, would differ in the last bits.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     wrapped = DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
+        _Spare(model).to(device),
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=True,
     )
     return ParallelModel(
         "ddp", options.reason, wrapped, lambda last: contextlib.nullcontext() if last else wrapped.no_sync()
     )
+
+
+class _Spare(nn.Module):
+    """A model and a parameter that is never used: DDP warns at length when its search finds none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.spare = nn.Parameter(torch.zeros(1))
+
+    def forward(self, *arguments: Any, **values: Any) -> Any:
+        return self.model(*arguments, **values)
 
 
 def _fsdp(model: nn.Module, options: ParallelOptions) -> ParallelModel:

@@ -60,6 +60,11 @@ def clock_time(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
+def counted(processes: int) -> str:
+    """`1 process`, `2 processes`."""
+    return f"{processes} process{'' if processes == 1 else 'es'}"
+
+
 def binary_size(size: float) -> str:
     """`1.5 GiB`."""
     for unit in ("B", "KiB", "MiB"):

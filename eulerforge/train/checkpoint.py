@@ -176,7 +176,10 @@ class Checkpointer:
             self._remove_old(self._settings.keep)
 
     def _write_own_part(self, temporary: Path, content: _Content) -> FileNotes | Exception:
-        """Files of this process with their sums. An error is a value here: all processes must hear of it."""
+        """Files of this process with their sums. A disk's error is a value here: all processes must hear of it.
+
+        Any other is raised at once. It may mean that a process is gone, from which nothing will be heard.
+        """
         rank = self._context.rank
         try:
             write_shared(temporary, content.shared, self._group)
@@ -189,6 +192,8 @@ class Checkpointer:
                 files += [path for path in rest if path.parent.name != "shards" and "rank-" not in path.name]
             return note_files(temporary, files)
         except Exception as error:
+            if _disk_reason(error) is None:
+                raise
             return error
 
     def load(self, checkpoint: Path, progress: Progress) -> None:

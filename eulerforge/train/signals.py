@@ -47,21 +47,18 @@ class StopWatch:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopWatch]:
-        """Install the handlers, and put back what was there before. Main thread only.
+        """Install the handlers. Main thread only.
 
-        Once asked to stop, the handlers stay: a second signal must not kill a process that is leaving in order.
+        They stay in place when the context ends, and only take notes: a signal that comes while the process is
+        leaving must not turn the end of a finished or saved run into a death by signal.
         """
-        numbers = (*STOP_SIGNALS, signal.SIGALRM)
-        before = {number: signal.signal(number, self._receive) for number in numbers}
+        for number in (*STOP_SIGNALS, signal.SIGALRM):
+            signal.signal(number, self._receive)
         try:
             yield self
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._deferred = True
-            for number, handler in before.items():
-                # The launcher's handlers stay in the same way.
-                if self.received is None and signal.getsignal(number) == self._receive:
-                    signal.signal(number, handler)
 
     def stopped_early(self) -> StoppedError:
         """The end of a run that was asked to stop before training had begun."""

@@ -10,7 +10,8 @@ import hashlib
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -33,9 +34,29 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ch
 @pytest.fixture
 def ready(workspace: Workspace) -> Workspace:
     """A workspace with the gated model (with dropout) and a corpus."""
+    return _fill(workspace)
+
+
+def _fill(workspace: Workspace) -> Workspace:
     write_gated(workspace.path / "model", dropout=0.1)
     workspace.jsonl("data.jsonl", TEXTS)
     return workspace
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run that nobody disturbs, by number of processes; each is made once."""
+    workspace = _fill(Workspace(tmp_path_factory.mktemp("undisturbed")))
+
+    @cache
+    def make(nproc: int) -> Path:
+        preset, name = str(_preset(workspace)), f"straight-{nproc}"
+        command = ("pretrain", "--preset", preset, "--nproc", str(nproc), "--output-dir", name)
+        done = run_command(*command, cwd=workspace.path)
+        assert done.code == 0, done.err
+        return workspace.path / name
+
+    return make
 
 
 def _preset(workspace: Workspace, **values: object) -> Path:
@@ -108,22 +129,22 @@ def _weights(run: Path) -> str:
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def _assert_same_run(workspace: Workspace, name: str, reference: str) -> None:
+def _assert_same_run(workspace: Workspace, reference: Path) -> None:
     """Curve and weights, bit for bit."""
-    assert workspace.status(name)["status"] == "finished"
-    curves = [[[record[key] for key in CURVE] for record in workspace.metrics(run)] for run in (name, reference)]
+    assert workspace.status()["status"] == "finished"
+    curves = [
+        [[record[key] for key in CURVE] for record in workspace.metrics(str(run))] for run in ("run", reference)
+    ]
     assert curves[0] == curves[1]
-    assert _weights(workspace.path / name) == _weights(workspace.path / reference)
+    assert _weights(workspace.path / "run") == _weights(reference)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_a_run_that_is_stopped_again_and_again_is_never_stopped(ready: Workspace, nproc: int) -> None:
+def test_a_run_that_is_stopped_again_and_again_is_never_stopped(
+    ready: Workspace, undisturbed: Callable[[int], Path], nproc: int
+) -> None:
     preset, ranks, last = _preset(ready), list(range(nproc)), nproc - 1
     processes = ("--nproc", str(nproc))
-    straight = run_command(
-        "pretrain", "--preset", str(preset), *processes, "--output-dir", "straight", cwd=ready.path
-    )
-    assert straight.code == 0, straight.err
 
     # In the first step, by one rank only.
     with pretrain(preset, *processes, cwd=ready.path, **_gates(ready, "forward-1")) as run:
@@ -158,17 +179,18 @@ def test_a_run_that_is_stopped_again_and_again_is_never_stopped(ready: Workspace
         assert run.end() == 0, run.out + run.err
         assert run.left() == []
     assert _steps_saved(ready.path / "run") == [1, 3, 5, STEPS]
-    _assert_same_run(ready, "run", "straight")
+    _assert_same_run(ready, undisturbed(nproc))
 
 
 def _complete(checkpoint: Path) -> bool:
     return find_damage(checkpoint, contents=True) is None
 
 
-def test_a_stop_while_a_checkpoint_is_written_in_the_background(ready: Workspace) -> None:
+def test_a_stop_while_a_checkpoint_is_written_in_the_background(
+    ready: Workspace, undisturbed: Callable[[int], Path]
+) -> None:
     """Both are complete then: the one that was being written, and the one of the stop."""
     preset = _preset(ready, training__async_checkpoint=True)
-    assert run_command("pretrain", "--preset", str(preset), "--output-dir", "straight", cwd=ready.path).code == 0
     with pretrain(preset, cwd=ready.path, **_gates(ready, "save-1", "forward-7")) as run:
         _wait_at(run, ready, "save-1", [0])
         _stop_at(run, ready, "forward-7", [0], [("SIGTERM", None)])
@@ -179,7 +201,7 @@ def test_a_stop_while_a_checkpoint_is_written_in_the_background(ready: Workspace
     assert _steps_saved(ready.path / "run") == [5, 7]
     again = run_command("pretrain", "--preset", str(preset), "--resume", cwd=ready.path)
     assert again.code == 0, again.err
-    _assert_same_run(ready, "run", "straight")
+    _assert_same_run(ready, undisturbed(1))
 
 
 def _assert_nothing_written(workspace: Workspace, run: Command) -> None:
@@ -275,12 +297,10 @@ def test_max_minutes_stops_two_processes_at_one_step(ready: Workspace) -> None:
     assert _steps_saved(ready.path / "run") == [step]
 
 
-def test_torchrun_by_hand_and_a_signal_to_one_worker(ready: Workspace) -> None:
+def test_torchrun_by_hand_and_a_signal_to_one_worker(ready: Workspace, undisturbed: Callable[[int], Path]) -> None:
     preset = str(_preset(ready))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     command = (*torchrun, "-m", "eulerforge", "pretrain", "--preset", preset)
-    straight = run_python(*command, "--output-dir", "straight", cwd=ready.path, OMP_NUM_THREADS="1")
-    assert straight.code == 0, straight.err
     gates = _gates(ready, "forward-3")
     with Command.start(*command, cwd=ready.path, OMP_NUM_THREADS="1", **gates) as run:
         _stop_at(run, ready, "forward-3", [0, 1], [("SIGTERM", 1)])
@@ -290,7 +310,7 @@ def test_torchrun_by_hand_and_a_signal_to_one_worker(ready: Workspace) -> None:
     assert ready.status()["status"] == "preempted"
     again = run_command("pretrain", "--preset", preset, "--nproc", "2", "--resume", cwd=ready.path)
     assert again.code == 0, again.err
-    _assert_same_run(ready, "run", "straight")
+    _assert_same_run(ready, undisturbed(2))
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -298,3 +318,12 @@ def _is_worker(process: psutil.Process) -> bool:
         return "RANK" in process.environ()
     except psutil.Error:
         return False
+
+
+@pytest.mark.parametrize(("kind", "count"), [("kills", 4), ("signals", 3)])
+def test_random_moments(workspace: Workspace, kind: str, count: int) -> None:
+    """A little of `make chaos`."""
+    arguments = ("-m", "tests.chaos", kind, "--count", str(count), "--size", "small", "--seed", "1")
+    done = run_python(*arguments, cwd=workspace.path, timeout=900, PYTHONPATH=str(REPOSITORY))
+    assert done.code == 0, done.out + done.err
+    assert done.out.splitlines()[-1].endswith("no violation")

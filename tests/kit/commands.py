@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -86,11 +87,16 @@ def run_here(*arguments: str) -> Result:
     from eulerforge.cli import main
 
     out, err = io.StringIO(), io.StringIO()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(arguments)
         except SystemExit as stop:  # --help, --version
             code = int(stop.code or 0)
+        finally:  # the command leaves its own in place, because it ends
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Result(code, out.getvalue(), err.getvalue())
 
 
