@@ -320,7 +320,7 @@ def kills(arena: Arena, count: int) -> int:
                 complete = check_state(run, before)
                 say(
                     f"{what}: {victim}, {moment.shown}: exit {code}, gone after {took:.1f} s, "
-                    f"checkpoints {before} -> {complete}"
+                    f"checkpoints {before} -> {complete}{', a save half done' if list(run.glob('.*.tmp')) else ''}"
                 )
                 expected = 1 if message else -signal.SIGKILL
                 assert code == expected, f"exit code {code} instead of {expected}: {command.err}"

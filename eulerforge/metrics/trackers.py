@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -207,4 +208,6 @@ class CompositeTracker:
 
     def close(self) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            # `log` has flushed each line, and has told of a disk that fails.
+            with contextlib.suppress(OSError):
+                tracker.close()

@@ -10,7 +10,10 @@ publish   rank 0: marker, rename; then older checkpoints beyond keep_checkpoints
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,6 +99,7 @@ class Checkpointer:
         self._progress, self._write_model = progress, write_model
         self._group = checkpoint_group(context)
         self._newest: Path | None = settings.resumed_from
+        self._inode = 0
         self._thread = ThreadPoolExecutor(1, "checkpoint") if settings.asynchronous else None
         self._pending: Future[None] | None = None
 
@@ -134,8 +138,9 @@ class Checkpointer:
     def _begin(self, target: Path) -> None:
         needed = checkpoint_bytes(self._model, self._settings.saved, self._settings.masters)
         require_space(self._run.path, needed, target.name)
-        begin_directory(target)
-        (temporary_name(target) / STATE_FOLDER).mkdir()
+        temporary = begin_directory(target)
+        self._inode = temporary.stat().st_ino
+        (temporary / STATE_FOLDER).mkdir()
         # What the checkpoint's step has logged must not be younger than the checkpoint.
         if self._run.metrics.exists():
             sync_file(self._run.metrics)
@@ -163,17 +168,29 @@ class Checkpointer:
                     raise own
                 with self._context.main_first(f"publish {target.name}"):
                     if self._context.is_main:
+                        self._require_same_directory(temporary)
                         write_manifest(temporary, _merged(own, reports))
                         sync_tree(temporary)
                         publish(temporary, target)
         except BaseException:
             if self._context.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._run.path.rmdir()  # goes only if it is empty: see _require_same_directory
             raise
         self._newest = target
         self._console.say(f"Checkpoint saved: {shown_path(target)}")
         if self._context.is_main and self._settings.keep is not None:
             self._remove_old(self._settings.keep)
+
+    def _require_same_directory(self, temporary: Path) -> None:
+        """Writers make the directories that they miss: where a disk was unmounted, on the disk below it.
+
+        Raises:
+            FileNotFoundError: this is not the directory that was made when the save began.
+        """
+        if temporary.stat().st_ino != self._inode:
+            raise FileNotFoundError(errno.ENOENT, "the directory went away during the save", str(temporary))
 
     def _write_own_part(self, temporary: Path, content: _Content) -> FileNotes | Exception:
         """Files of this process with their sums. A disk's error is a value here: all processes must hear of it.
@@ -213,8 +230,13 @@ class Checkpointer:
         """Remove this run's oldest complete checkpoints. Damaged ones do not count, and are left alone."""
         own = [path for path in self._run.checkpoints() if self._is_own(path)]
         for path in own[:-keep]:
-            if path != self._settings.resumed_from:
+            if path == self._settings.resumed_from:
+                continue
+            try:
                 remove_checkpoint(path)
+            except OSError as error:  # the new one is complete: no reason to end the run
+                self._console.warn(f"{shown_path(path)} could not be removed: {error.strerror}")
+            else:
                 self._console.say(f"Checkpoint removed: {shown_path(path)} (keep_checkpoints: {keep})")
 
     def _is_own(self, path: Path) -> bool:
@@ -312,5 +334,7 @@ def _disk_reason(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
     text = str(error)
-    is_file_error = isinstance(error, SafetensorError) or "os error" in text or "PytorchStreamWriter" in text
-    return text.splitlines()[0] if is_file_error else None
+    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in text:
+        number = re.search(r"\(os error (\d+)\)", text)  # as Rust tells it
+        return os.strerror(int(number[1])) if number else text.splitlines()[0]
+    return None

@@ -20,6 +20,8 @@ from eulerforge.files import sync_file, write_json
 FORMAT = 1
 STATE_FOLDER = "trainer_state"
 MANIFEST = f"{STATE_FOLDER}/manifest.json"
+_ALWAYS = ("config.json", f"{STATE_FOLDER}/state.json")
+"""What every checkpoint has."""
 
 FileNotes = dict[str, dict[str, Any]]
 """Path relative to the checkpoint -> size and checksum."""
@@ -53,6 +55,8 @@ def find_damage(folder: Path, *, contents: bool) -> str | None:
         if manifest["format"] != FORMAT:
             return f"its format {manifest['format']} is not {FORMAT}: another version of eulerforge wrote it"
         notes: FileNotes = manifest["files"]
+        if unnamed := [name for name in _ALWAYS if name not in notes]:
+            return f"its completeness marker {MANIFEST} does not name {unnamed[0]}"
         for name, note in notes.items():
             file = folder / name
             if not file.is_file():

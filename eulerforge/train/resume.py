@@ -136,7 +136,7 @@ def choose_checkpoint(plan: RunPlan, say: Callable[[str], None]) -> Path | None:
         ResumeError: the one asked for is damaged, or all are.
     """
     if plan.checkpoint is not None:
-        if damage := find_damage(plan.checkpoint, contents=True):
+        if damage := find_damage(plan.checkpoint, contents=True) or _misnamed(plan.checkpoint):
             raise ResumeError(
                 f"--resume: {shown_path(plan.checkpoint)} is not complete: {damage}",
                 f"--resume {shown_path(plan.checkpoint.parent)} takes the newest complete one",
@@ -147,7 +147,7 @@ def choose_checkpoint(plan: RunPlan, say: Callable[[str], None]) -> Path | None:
     run = RunDirectory(plan.source)
     identity, problems = run.run_id, []
     for path in reversed(run.checkpoints()):
-        reason = find_damage(path, contents=True) or _foreign(path, identity)
+        reason = find_damage(path, contents=True) or _misnamed(path) or _foreign(path, identity)
         if reason is None:
             return path
         problems.append(Problem(f"--resume: {shown_path(path)} cannot be used: {reason}", _ADVICE))
@@ -165,6 +165,12 @@ def choose_checkpoint(plan: RunPlan, say: Callable[[str], None]) -> Path | None:
 
 
 _ADVICE = "copy it back from a backup, or move it away: a run without any checkpoint starts from the beginning"
+
+
+def _misnamed(path: Path) -> str | None:
+    """Why a complete checkpoint is not the one that its name says (a copy, for example)."""
+    step = Progress.read(path).step
+    return None if step_of(path) in (None, step) else f"it holds step {step}"
 
 
 def _foreign(path: Path, identity: str | None) -> str | None:

@@ -139,11 +139,19 @@ class RunDirectory:
         Raises:
             OutputError: another run is at work in this directory.
         """
-        with (self.path / LOCK).open("a+") as file:
-            _lock(file, self.path)
-            file.truncate(0)
-            file.write(secrets.token_hex(8))
-            file.flush()
+        with contextlib.ExitStack() as held:
+            try:
+                file = held.enter_context((self.path / LOCK).open("a+"))
+                _lock(file, self.path)
+                file.truncate(0)
+                file.write(secrets.token_hex(8))
+                file.flush()
+            except OSError as error:
+                held.pop_all()  # closing would try to write once more
+                raise OutputError(
+                    f"output_dir: {self.path} cannot be written: {error.strerror}",
+                    "free some space or make it writable, or set output_dir to another disk",
+                ) from None
             yield
 
     def mark(self) -> str:

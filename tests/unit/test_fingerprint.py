@@ -178,8 +178,8 @@ DIFFERENCES: dict[str, tuple[Callable[[_Run], _Run], str, str]] = {
     ),
     "packing": (
         _override("data.packing=false"),
-        "data.packing is False, but True in checkpoint-3",
-        "set data.packing back to True, or start a new run",
+        "data.packing is false, but true in checkpoint-3",
+        "set data.packing back to true, or start a new run",
     ),
     "rows": (
         lambda run: replace(run, rows=12),
@@ -204,18 +204,18 @@ DIFFERENCES: dict[str, tuple[Callable[[_Run], _Run], str, str]] = {
     ),
     "config value inside": (
         _config(rope_scaling={"factor": 2.5, "type": "linear"}),
-        "model config.rope_scaling is {'factor': 2.5, 'type': 'linear'}, but {'factor': 2.0, 'type': 'linear'} in "
+        'model config.rope_scaling is {"factor": 2.5, "type": "linear"}, but {"factor": 2.0, "type": "linear"} in '
         "checkpoint-3",
         MODEL,
     ),
     "config key more": (
         _config(attention_bias=True),
-        "model config.attention_bias is True, but None in checkpoint-3",
+        "model config.attention_bias is true, but not set in checkpoint-3",
         MODEL,
     ),
     "config key less": (
         _config(tie_word_embeddings=...),
-        "model config.tie_word_embeddings is None, but True in checkpoint-3",
+        "model config.tie_word_embeddings is not set, but true in checkpoint-3",
         MODEL,
     ),
 }
@@ -257,9 +257,9 @@ def test_several_differences_are_told_at_once(run: _Run) -> None:
     changed = _config(hidden_size=32, tie_word_embeddings=..., attention_bias=True)(run)
     changed = replace(changed, rows=4, tokenizer=_Tokenizer(vocab_size=300), preset=_preset(run.folder, SEED))
     assert [what for what, _ in _problems(_stored(run), changed.by_input())] == [
-        "--resume: model config.attention_bias is True, but None in checkpoint-3",
+        "--resume: model config.attention_bias is true, but not set in checkpoint-3",
         "--resume: model config.hidden_size is 32, but 16 in checkpoint-3",
-        "--resume: model config.tie_word_embeddings is None, but True in checkpoint-3",
+        "--resume: model config.tie_word_embeddings is not set, but true in checkpoint-3",
         "--resume: rows per step is 4, but 8 in checkpoint-3",
         "--resume: tokenizer is 300 ids, content 0123456789abcdef, but 257 ids, content 0123456789abcdef in "
         "checkpoint-3",
@@ -345,16 +345,16 @@ SHAPING = [
     ("training.weight_decay=0", "training.weight_decay 0.1 -> 0.0"),
     ("training.betas=[0.9, 0.99]", "training.betas [0.9, 0.95] -> [0.9, 0.99]"),
     ("training.eps=1e-6", "training.eps 1e-08 -> 1e-06"),
-    ("training.max_grad_norm=null", "training.max_grad_norm 1.0 -> None"),
-    ("training.dtype=float32", "training.dtype None -> float32"),
-    ("training.amp=true", "training.amp None -> True"),
+    ("training.max_grad_norm=null", "training.max_grad_norm 1.0 -> null"),
+    ("training.dtype=float32", "training.dtype null -> float32"),
+    ("training.amp=true", "training.amp null -> true"),
 ]
 PLAIN = [
     ("training.log_steps=1", "training.log_steps 10 -> 1"),
     ("training.save_steps=7", "training.save_steps 500 -> 7"),
     ("training.keep_checkpoints=2", "training.keep_checkpoints all -> 2"),
-    ("training.async_checkpoint=true", "training.async_checkpoint False -> True"),
-    ("training.max_minutes=5", "training.max_minutes None -> 5.0"),
+    ("training.async_checkpoint=true", "training.async_checkpoint false -> true"),
+    ("training.max_minutes=5", "training.max_minutes null -> 5.0"),
     ("training.batch_size=1", "training.batch_size 2 -> 1"),
     ("device=cuda", "device cpu -> cuda"),
     ("distributed.strategy=ddp", "distributed.strategy auto -> ddp"),
@@ -384,4 +384,4 @@ def test_a_setting_that_one_version_does_not_know_is_a_change(run: _Run) -> None
     stored = _stored(run)
     settings = {key: value for key, value in stored.settings.items() if key != "training.seed"}
     older = replace(stored, settings=settings | {"training.old": 1})
-    assert setting_changes(older, run.preset) == (["training.old 1 -> None", "training.seed None -> 42"], [])
+    assert setting_changes(older, run.preset) == (["training.old 1 -> not set", "training.seed not set -> 42"], [])

@@ -74,6 +74,8 @@ def _as_dangling_link(path: Path) -> None:
 
 SHARD = "trainer_state/shards/shard-00001-model-00001-of-00001.safetensors"
 UNREADABLE = f"its completeness marker {MANIFEST} cannot be read"
+UNNAMED = f"its completeness marker {MANIFEST} does not name "
+ALWAYS: dict[str, Any] = {name: {"size": len(CONTENTS[name])} for name in ("config.json", "trainer_state/state.json")}
 MISSING = f"its completeness marker {MANIFEST} is missing"
 
 
@@ -115,9 +117,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "marker a number": (_marker(b"1"), UNREADABLE),
     "no format": (_drop("format"), UNREADABLE),
     "no files": (_drop("files"), UNREADABLE),
-    "files a list": (_note(files=["model.safetensors"]), UNREADABLE),
-    "a note without size": (_note(files={"model.safetensors": {}}), UNREADABLE),
-    "a note that is a number": (_note(files={"model.safetensors": 10}), UNREADABLE),
+    "files a list": (_note(files=["config.json", "trainer_state/state.json"]), UNREADABLE),
+    "files null": (_note(files=None), UNREADABLE),
+    "no file named": (_note(files={}), UNNAMED + "config.json"),
+    "state not named": (_note(files={"config.json": {}}), UNNAMED + "trainer_state/state.json"),
+    "a note without size": (_note(files=ALWAYS | {"config.json": {}}), UNREADABLE),
+    "a note that is a number": (_note(files=ALWAYS | {"config.json": 10}), UNREADABLE),
     "another format": (
         _note(format=2),
         "its format 2 is not 1: another version of eulerforge wrote it",
@@ -166,14 +171,15 @@ def test_a_flipped_bit_is_seen_by_the_contents_only(tmp_path: Path, name: str) -
 
 def test_a_note_without_checksum_is_unreadable_only_when_it_is_needed(tmp_path: Path) -> None:
     folder = _checkpoint(tmp_path)
-    _note(files={"model.safetensors": {"size": 10}})(folder)
+    _note(files=ALWAYS)(folder)
     assert find_damage(folder, contents=False) is None
     assert find_damage(folder, contents=True) == UNREADABLE
 
 
 def test_one_flipped_bit_among_many_files_is_found(tmp_path: Path) -> None:
     """More files than threads that share the work; each of them counts."""
-    folder = _checkpoint(tmp_path, {f"shards/{index}": b"%d" % index for index in range(100)})
+    many = {f"shards/{index}": b"%d" % index for index in range(100)}
+    folder = _checkpoint(tmp_path, CONTENTS | many)
     assert find_damage(folder, contents=True) is None
     for index in (0, 57, 99):
         path = folder / "shards" / str(index)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -13,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from eulerforge.errors import TrainingError
 from eulerforge.metrics import console as console_module
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import SpeedMeter, binary_size, clock_time
@@ -22,6 +25,7 @@ from eulerforge.metrics.trackers import (
     JsonlTracker,
     StepMetrics,
     TensorBoardTracker,
+    cut_metrics,
 )
 
 METRICS = StepMetrics(
@@ -30,6 +34,7 @@ METRICS = StepMetrics(
     lr=6e-5,
     grad_norm=0.9342,
     aux_loss=None,
+    eval_loss=None,
     tokens=20480,
     epoch=1.23456789,
     elapsed=23.80049,
@@ -40,9 +45,10 @@ METRICS = StepMetrics(
 LINE = "step=10/500 | loss=10.4523 | lr=6.00e-05 | 0.42 steps/s | 18,432 tok/s | grad_norm=0.93 | ETA 0:12:40"
 
 
+@pytest.mark.parametrize("eval_loss", [None, 9.5])
 @pytest.mark.parametrize("aux_loss", [None, 0.125])
-def test_a_record_has_the_agreed_keys_in_order(aux_loss: float | None) -> None:
-    record = replace(METRICS, aux_loss=aux_loss).record()
+def test_a_record_has_the_agreed_keys_in_order(aux_loss: float | None, eval_loss: float | None) -> None:
+    record = replace(METRICS, aux_loss=aux_loss, eval_loss=eval_loss).record()
     expected: list[tuple[str, object]] = [
         ("step", 10),
         ("loss", 10.45234),
@@ -50,6 +56,7 @@ def test_a_record_has_the_agreed_keys_in_order(aux_loss: float | None) -> None:
         ("elapsed_sec", 23.8),
         ("grad_norm", 0.9342),
         *([("aux_loss", 0.125)] if aux_loss is not None else []),
+        *([("eval_loss", 9.5)] if eval_loss is not None else []),
         ("tokens", 20480),
         ("epoch", 1.234568),
         ("tokens_per_sec", 18432.5),
@@ -81,6 +88,51 @@ def test_a_reopened_jsonl_file_is_continued(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
+def _lines(*steps: object) -> bytes:
+    return b"".join(b'{"step": %s, "loss": 1.5}\n' % str(step).encode() for step in steps)
+
+
+HALF = b'{"step": 2, "lo'
+CUTS: dict[str, tuple[bytes, int, bytes, int]] = {
+    # content, step to cut back to, what is left, lines removed
+    "nothing to do": (_lines(1, 2, 3), 3, _lines(1, 2, 3), 0),
+    "nothing to do, and later steps to come": (_lines(1, 2), 9, _lines(1, 2), 0),
+    "later steps": (_lines(1, 2, 3, 4), 2, _lines(1, 2), 2),
+    "between logged steps": (_lines(5, 10, 15), 12, _lines(5, 10), 1),
+    "by number": (_lines(9, 10, 100), 10, _lines(9, 10), 1),
+    "all": (_lines(1, 2), 0, b"", 2),
+    "empty": (b"", 5, b"", 0),
+    "half a line": (_lines(1) + HALF, 5, _lines(1), 1),
+    "half a line of a later step": (_lines(1, 2, 3) + HALF, 1, _lines(1), 3),
+    "only half a line": (HALF, 5, b"", 1),
+    "a line without its end": (_lines(1, 2)[:-1], 5, _lines(1), 1),
+    "zeros after a power cut": (_lines(1) + bytes(100), 5, _lines(1), 1),
+    "garbage between": (_lines(1) + b"\xff\xfe\n" + _lines(2), 5, _lines(1, 2), 1),
+    "half a line that was written on": (_lines(1) + HALF + _lines(2), 5, _lines(1), 1),
+    "no step": (b'{"loss": 1}\n[1]\n7\nnull\n{"step": null}\n{"step": "x"}\n' + _lines(1), 5, _lines(1), 6),
+    "a step that is no number": (_lines("NaN", 1, "[]"), 5, _lines(1), 2),
+    "steps out of order": (_lines(3, 1, 4, 2), 2, _lines(1, 2), 2),
+}
+
+
+@pytest.mark.parametrize("case", CUTS)
+def test_metrics_are_cut_back_to_a_step(tmp_path: Path, case: str) -> None:
+    content, step, left, removed = CUTS[case]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    before = path.stat()
+    assert cut_metrics(path, step) == removed
+    assert path.read_bytes() == left
+    assert (path.stat().st_ino == before.st_ino) is (removed == 0)  # untouched, or replaced in one move
+    assert cut_metrics(path, step) == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_that_are_not_there_yet_are_not_cut(tmp_path: Path) -> None:
+    assert cut_metrics(tmp_path / "metrics.jsonl", 3) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_json_is_not_written(tmp_path: Path, value: float) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -105,6 +157,19 @@ def test_speed_before_the_first_step_is_zero() -> None:
     clock.now = 105.0
     assert (meter.steps_per_second, meter.tokens_per_second, meter.seconds_left(10)) == (0.0, 0.0, 0.0)
     assert meter.elapsed == 5.0
+
+
+def test_time_before_a_resume_counts_but_not_for_the_speed() -> None:
+    clock = _Clock()
+    meter = SpeedMeter(clock, before=1000.0)
+    assert meter.elapsed == 1000.0
+    clock.now += 4.0
+    meter.step_done(300)
+    clock.now += 1.0
+    assert meter.elapsed == 1005.0
+    assert meter.steps_per_second == 0.25
+    assert meter.tokens_per_second == 75.0
+    assert meter.seconds_left(6) == 24.0
 
 
 def test_speed_is_that_of_the_last_twenty_steps() -> None:
@@ -184,12 +249,20 @@ def test_a_silent_console_says_nothing(capsys: pytest.CaptureFixture[str], monke
 
 
 @pytest.mark.parametrize(
-    ("aux_loss", "line"), [(None, LINE), (0.0211, LINE.replace(" | ETA", " | aux_loss=0.0211 | ETA"))]
+    ("aux_loss", "eval_loss", "line"),
+    [
+        (None, None, LINE),
+        (0.0211, None, LINE.replace(" | ETA", " | aux_loss=0.0211 | ETA")),
+        (None, 9.99996, LINE.replace(" | ETA", " | eval_loss=10.0000 | ETA")),
+        (0.0211, 9.5, LINE.replace(" | ETA", " | aux_loss=0.0211 | eval_loss=9.5000 | ETA")),
+    ],
 )
-def test_the_step_line(capsys: pytest.CaptureFixture[str], aux_loss: float | None, line: str) -> None:
+def test_the_step_line(
+    capsys: pytest.CaptureFixture[str], aux_loss: float | None, eval_loss: float | None, line: str
+) -> None:
     """In a pipe there are lines only, and only for logged steps."""
     tracker = ConsoleTracker(Console("Pretrain"), 500)
-    metrics = replace(METRICS, aux_loss=aux_loss)
+    metrics = replace(METRICS, aux_loss=aux_loss, eval_loss=eval_loss)
     tracker.step(replace(metrics, step=9))
     tracker.step(metrics)
     tracker.log(metrics)
@@ -242,8 +315,8 @@ def test_the_bar_shows_loss_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tensorboard_holds_every_logged_value(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path / "tensorboard")
-    for step, aux_loss in ((10, 0.5), (20, 0.25), (30, None)):
-        metrics = replace(METRICS, step=step, loss=step / 8, aux_loss=aux_loss)
+    for step, aux_loss, eval_loss in ((10, 0.5, None), (20, 0.25, 2.75), (30, None, None)):
+        metrics = replace(METRICS, step=step, loss=step / 8, aux_loss=aux_loss, eval_loss=eval_loss)
         tracker.step(replace(metrics, step=step - 1))
         tracker.log(metrics)
     tracker.close()
@@ -255,6 +328,7 @@ def test_tensorboard_holds_every_logged_value(tmp_path: Path) -> None:
         "train/tokens": dict.fromkeys((10, 20, 30), 20480.0),
         "train/epoch": dict.fromkeys((10, 20, 30), 1.23456789),
         "train/aux_loss": {10: 0.5, 20: 0.25},
+        "eval/loss": {20: 2.75},
         "speed/tokens_per_sec": dict.fromkeys((10, 20, 30), 18432.46),
         "speed/steps_per_sec": dict.fromkeys((10, 20, 30), 0.41999),
     }
@@ -263,6 +337,47 @@ def test_tensorboard_holds_every_logged_value(tmp_path: Path) -> None:
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found == pytest.approx(points, rel=1e-6)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("done", "again", "expected"),
+    [
+        (10, (20, 30), {10: 10.0, 20: 120.0, 30: 130.0}),
+        (15, (20, 30), {10: 10.0, 20: 120.0, 30: 130.0}),
+        (10, (40,), {10: 10.0, 40: 140.0}),
+        (30, (40,), {10: 10.0, 20: 20.0, 30: 30.0, 40: 140.0}),
+        (0, (10,), {10: 110.0}),
+        (10, (), {10: 10.0}),
+    ],
+)
+def test_tensorboard_shows_each_step_once_after_a_restart(
+    tmp_path: Path, done: int, again: tuple[int, ...], expected: dict[int, float]
+) -> None:
+    """The first process has gone beyond the checkpoint that the second one begins with."""
+    folder = tmp_path / "tensorboard"
+    for begin, steps, offset in ((0, (10, 20, 30), 0), (done, again, 100)):
+        tracker = TensorBoardTracker(folder, begin)
+        for step in steps:
+            tracker.log(replace(METRICS, step=step, loss=float(step + offset)))
+        tracker.close()
+        for path in folder.iterdir():  # names begin with the second, and this test has only one
+            path.rename(path.with_name(path.name.replace("tfevents.", "tfevents.0")))
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == list(expected.items())
+
+
+def test_the_bar_begins_where_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console_module, "tqdm", partial(tqdm, mininterval=0))
+    tracker = ConsoleTracker(Console("Pretrain"), 500, done=120)
+    tracker.step(METRICS)
+    tracker.close()
+    drawn = terminal.getvalue()
+    assert "120/500" in drawn
+    assert "121/500" in drawn
+    assert " 1/500" not in drawn
 
 
 class _Recorder:
@@ -286,3 +401,17 @@ def test_a_composite_tells_everyone_in_order() -> None:
     tracker.log(METRICS)
     tracker.close()
     assert calls == ["a step 10", "b step 10", "a log 10", "b log 10", "a close", "b close"]
+
+
+class _Full(_Recorder):
+    def log(self, metrics: StepMetrics) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_under_the_metrics_is_one_error() -> None:
+    with pytest.raises(TrainingError) as caught:
+        CompositeTracker([_Full([], "a")]).log(METRICS)
+    (problem,) = caught.value.problems
+    assert problem.what == "step 10: metrics cannot be written: No space left on device; checkpoints are kept"
+    assert problem.fix == "make the run directory writable and give it space, then run again with --resume"
+    assert caught.value.see == "docs/checkpoints.md"

@@ -112,6 +112,13 @@ ACCEPTED: list[tuple[str, str, Any]] = [
     (AMP, "on", True),
     ("training.global_batch_size", "8", 8),
     ("training.global_batch_size", "null", None),
+    ("training.keep_checkpoints", "all", "all"),
+    ("training.keep_checkpoints", "3", 3),
+    ("training.keep_checkpoints", '"1e1"', 10),
+    ("training.async_checkpoint", "yes", True),
+    ("training.max_minutes", "90", 90.0),
+    ("training.max_minutes", "1e-3", 0.001),
+    ("training.max_minutes", "null", None),
     ("device", "cuda:12", "cuda:12"),
 ]
 
@@ -182,6 +189,15 @@ REFUSED: list[tuple[str, str, str]] = [
     ("device", '"cuda:"', "'cuda:' is not a device"),
     ("data.num_workers", "0", "must be auto or a whole number of at least 1, not 0"),
     ("training.keep_checkpoints", "some", "must be all or a whole number of at least 1, not the text 'some'"),
+    ("training.keep_checkpoints", "0", "must be all or a whole number of at least 1, not 0"),
+    ("training.keep_checkpoints", "-1", "must be all or a whole number of at least 1, not -1"),
+    ("training.keep_checkpoints", "null", "must be all or a whole number of at least 1, not nothing (null)"),
+    ("training.async_checkpoint", "1", "must be true or false, not 1"),
+    ("training.max_minutes", "0", "must be greater than 0, not 0.0"),
+    ("training.max_minutes", "1:30", "must be a finite number, not the text '1:30'"),
+    ("training.max_minutes", "inf", "must be a finite number, not the text 'inf'"),
+    ("training.eval_steps", "0", "must be greater than or equal to 1, not 0"),
+    ("data.validation", "x.jsonl", "must be a mapping of keys, not the text 'x.jsonl'"),
 ]
 
 
@@ -249,6 +265,7 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
             "keep_checkpoints": "all",
             "async_checkpoint": False,
             "max_minutes": None,
+            "eval_steps": None,
             "dtype": None,
             "amp": None,
             "precision_check": "error",
@@ -399,7 +416,6 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         ("training.warmup_steps=1000001", "training.warmup_steps"),
         ("training.global_batch_size=3", "training.global_batch_size"),
         ("data.path=[a, b]", "data.path"),
-        ("data.validation={fraction: 0.1}", "data.validation"),
         ("data.num_workers=4", "data.num_workers"),
         ("training.activation_checkpointing=true", "training.activation_checkpointing"),
         ("training.compile=true", "training.compile"),
@@ -411,6 +427,36 @@ def test_what_this_version_cannot_honour_is_refused_not_ignored(tmp_path: Path, 
     ((what, fix),) = _problems(tmp_path, BASE, override)
     assert what.startswith(f"--set {key}: ")
     assert fix
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("data.validation={fraction: 0.1}",), (None, 0.1)),
+        (("data.validation.fraction=1e-3",), (None, 0.001)),
+        (("data.validation={path: held.jsonl}",), ("held.jsonl", None)),
+        (("data.validation.path=a*.jsonl", "training.eval_steps=5"), ("a*.jsonl", None)),
+    ],
+)
+def test_held_out_text(tmp_path: Path, overrides: tuple[str, ...], expected: tuple[str | None, float | None]) -> None:
+    validation = _load(tmp_path, BASE, *overrides).preset.data.validation
+    assert validation is not None
+    assert (validation.path, validation.fraction) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("data.validation={}", "data.validation: needs either path or fraction"),
+        ("data.validation={path: a, fraction: 0.1}", "data.validation: needs either path or fraction"),
+        ("data.validation={fraction: 0}", "data.validation.fraction: must be greater than 0, not 0.0"),
+        ("data.validation={fraction: 1}", "data.validation.fraction: must be less than 1, not 1.0"),
+        ("data.validation={part: 0.1}", "data.validation.part: unknown key"),
+        ("training.eval_steps=5", "training.eval_steps: there is nothing to evaluate on"),
+    ],
+)
+def test_held_out_text_that_cannot_be_meant(tmp_path: Path, override: str, what: str) -> None:
+    assert any(found.endswith(what) for found, _ in _problems(tmp_path, BASE, override))
 
 
 def test_bfloat16_without_master_weights_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def _checkpoint(run: Path, step: int, run_id: str = RUN_ID, name: str = "") -> P
     """A complete checkpoint."""
     path = run / (name or f"checkpoint-{step}")
     (path / "trainer_state").mkdir(parents=True)
-    (path / "model.safetensors").write_bytes(b"weights %d" % step)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"weights %03d" % step)
     Progress(run_id, step, 0, 0.0, 1, "single", False, {}, {}).write(path)
     write_manifest(path, note_files(path, [file for file in path.rglob("*") if file.is_file()]))
     return path
@@ -247,9 +249,18 @@ BAD: list[tuple[str, str | None, str | None, type[EulerForgeError], str, str]] =
         "begun",
         "run",
         OutputError,
-        "output_dir: {here}/begun " + USED,
-        ADD_RESUME,
+        "output_dir: {here}/begun is not empty, and --resume names another run",
+        "give --resume begun to go on with the run in it, or choose a new output_dir",
     ),
+    (
+        "branch off into other files",
+        "photos",
+        "run/checkpoint-3",
+        OutputError,
+        "output_dir: {here}/photos is not empty, and --resume names another run",
+        "give --resume photos to go on with the run in it, or choose a new output_dir",
+    ),
+    ("branch off into a file", "file", "run", OutputError, "output_dir: {here}/file is a file", "choose a directory"),
     (
         "~ of nobody",
         None,
@@ -361,6 +372,12 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
 
 
+def _become(path: Path, step: int) -> None:
+    """A complete copy of another checkpoint."""
+    shutil.rmtree(path)
+    _checkpoint(path.parent, step, name=path.name)
+
+
 def _choose(plan: RunPlan) -> tuple[Path | None, list[str]]:
     said: list[str] = []
     return choose_checkpoint(plan, said.append), said
@@ -390,8 +407,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file less": (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
     "cut": (
         lambda path: (path / "model.safetensors").write_bytes(b"w"),
-        "model.safetensors has 1 bytes, 10 were written",
+        "model.safetensors has 1 bytes, 11 were written",
     ),
+    "another step under its name": (lambda path: _become(path, 12), "it holds step 12"),
 }
 
 
@@ -494,3 +512,36 @@ def test_a_branch_begins_at_the_newest_of_the_other_run(tmp_path: Path) -> None:
     for step in (3, 6):
         _checkpoint(run, step)
     assert _choose(RunPlan("new", run, branch=True)) == (run / "checkpoint-6", [])
+
+
+def test_a_branch_that_has_not_saved_yet_begins_again_where_it_began(tmp_path: Path) -> None:
+    """And one that has saved, or that only looks so, is a run like any other."""
+    origin = _checkpoint(_run(tmp_path / "old", OTHER_ID), 4, OTHER_ID)
+    run = _run(tmp_path / "new")
+    (run / "pretrain_config.json").write_text(json.dumps({"run_id": RUN_ID, "branched_from": str(origin)}))
+    plan = RunPlan(str(run), run)
+    assert _choose(plan) == (origin, [])
+    own = _checkpoint(run, 5)
+    assert _choose(plan) == (own, [])
+    _flip(own / "model.safetensors")
+    with pytest.raises(ResumeError, match="checkpoint-5 cannot be used"):
+        choose_checkpoint(plan, print)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.keys() - {"another step under its name"})
+def test_a_branch_whose_beginning_is_damaged_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    origin = _checkpoint(_run(tmp_path / "old", OTHER_ID), 4, OTHER_ID)
+    run = _run(tmp_path / "new")
+    (run / "pretrain_config.json").write_text(json.dumps({"run_id": RUN_ID, "branched_from": str(origin)}))
+    spoil, reason = DAMAGES[damage]
+    spoil(origin)
+    with pytest.raises(ResumeError) as caught:
+        choose_checkpoint(RunPlan(str(run), run), print)
+    (problem,) = caught.value.problems
+    start = (
+        "--resume: the run in new has no checkpoint yet, and the one it began with, old/checkpoint-4, cannot be used"
+    )
+    assert problem.what == f"{start}: {reason}"
