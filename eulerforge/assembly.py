@@ -207,6 +207,9 @@ def config_snapshot(setup: Setup, run: RunDirectory, run_id: str) -> dict[str, A
     preset = flight.preset.model_dump(mode="json")
     preset["model_dir"] = str(flight.directory.path)
     preset["data"]["path"] = str(Path(str(preset["data"]["path"])).expanduser().absolute())
+    if preset["data"]["validation"] and preset["data"]["validation"]["path"]:
+        path = Path(preset["data"]["validation"]["path"])
+        preset["data"]["validation"]["path"] = str(path.expanduser().absolute())
     point = setup.point
     branched_from = point.checkpoint if point is not None and flight.run_plan.branch else run.branched_from
     return {

@@ -262,14 +262,17 @@ def test_a_stop_while_a_helper_builds_the_starting_weights(ready: Workspace) -> 
         _assert_nothing_written(ready, run)
 
 
-def test_a_signal_at_the_very_end_does_not_spoil_a_finished_run(ready: Workspace) -> None:
-    """All is done, Python clears up: the exit code is that of a finished run."""
-    with pretrain(_preset(ready), cwd=ready.path, **_gates(ready, "exit-1")) as run:
-        run.until(
-            lambda: (ready.path / "at-exit-1-0").exists() or run.process.poll() is not None, "the end of the program"
+@pytest.mark.parametrize("place", ["exit-1", "teardown-1"])
+def test_a_signal_at_the_very_end_does_not_spoil_a_finished_run(ready: Workspace, place: str) -> None:
+    """All is done, Python clears up (if it does): the exit code is that of a finished run."""
+    gates = _gates(ready, place)
+    with pretrain(_preset(ready), cwd=ready.path, **gates) as run:
+        until(
+            lambda: (ready.path / f"at-{place}-0").exists() or run.process.poll() is not None,
+            "the end of the program",
         )
         run.signal(signal.SIGTERM)
-        (ready.path / "go-exit-1").touch()
+        (ready.path / f"go-{place}").touch()
         assert run.end() == 0, run.err
     assert ready.status()["status"] == "finished"
 

@@ -415,7 +415,6 @@ VALUE_CASES = [
 """Wrong types, ranges and combinations."""
 
 UNAVAILABLE_CASES = [
-    _value("data", "validation: {fraction: 0.1}", "not available in this version", "remove"),
     _value("data", "path: [a.jsonl, b.jsonl]", "not available in this version", "one path or glob"),
     _value("data", "path: {a.jsonl: 0.5}", "not available in this version", "one path or glob"),
     _value("data", "num_workers: 4", "this version", "auto or 1"),
@@ -431,7 +430,6 @@ UNAVAILABLE_CASES = [
         "leave amp unset",
         at="amp: false",
     ),
-    _value("training", "keep_checkpoints: 3", "this version keeps every checkpoint", "all"),
 ]
 """Values that the schema knows and this version cannot honour: refused, never ignored."""
 
@@ -1117,7 +1115,7 @@ def test_rules_between_keys_and_unavailable_values_are_told_at_once(project: Wor
             ("training", "global_batch_size: 3"),
             ("training", "compile: true"),
             ("data", "num_workers: 4"),
-            ("training", "keep_checkpoints: 3"),
+            ("training", "amp: selective"),
         ).encode(),
     )
     _require_list(
@@ -1126,7 +1124,7 @@ def test_rules_between_keys_and_unavailable_values_are_told_at_once(project: Wor
         ("training.global_batch_size: ", "multiple"),
         ("training.compile: ", "false"),
         ("data.num_workers: ", "auto"),
-        ("training.keep_checkpoints: ", "all"),
+        ("training.amp: ", "false"),
     )
 
 

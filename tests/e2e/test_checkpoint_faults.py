@@ -99,7 +99,7 @@ def fill(leave: int) -> str:
 
 
 def failed(workspace: Workspace, result: Result, run: str, step: int, *parts: str) -> None:
-    """The run ended with one error that holds all parts; status.json says so, or a warning that it cannot be written."""
+    """The run ended with one error that holds all parts; status.json says so, or a warning that it could not."""
     warning = "Warning: status.json could not be written"
     lines = result.err.splitlines()
     refused(

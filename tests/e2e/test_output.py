@@ -95,6 +95,7 @@ def test_run_directory_and_console_lines(workspace: Workspace, byte_tokenizer: P
 
     run = root / "run"
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
         "checkpoint-4",
         "checkpoint-6",
         "final",
@@ -121,6 +122,7 @@ def test_run_directory_and_console_lines(workspace: Workspace, byte_tokenizer: P
     )
     last, final = run / "checkpoint-6", run / "final"
     assert (last / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+    assert {path.name for path in last.iterdir()} == {path.name for path in final.iterdir()} | {"trainer_state"}
 
 
 def test_buffers_of_custom_code_survive_reload_with_the_source_gone(

@@ -477,6 +477,19 @@ if GATES and not HELPER and threading.current_thread() is threading.main_thread(
     os.set_blocking(notes, False)
     signal.set_wakeup_fd(notes)
     atexit.register(reach, "exit")
+
+
+class _Last:
+    """Goes when Python takes the modules apart, after it has put the default handlers of signals back."""
+
+    def __init__(self):
+        self.reach = reach
+
+    def __del__(self):
+        self.reach("teardown")
+
+
+_last = _Last()
 '''
 
 _GATED_TOKENIZATION = '''
