@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
@@ -29,7 +30,7 @@ from eulerforge.errors import EulerForgeError, PeerFailedError, StoppedError, Tr
 from eulerforge.files import shown_path
 from eulerforge.metrics.console import Console
 from eulerforge.preflight import Preflight, inspect
-from eulerforge.train.signals import StopWatch
+from eulerforge.train.signals import STOP_SIGNALS, StopWatch
 from launch import torchrun
 from launch.devices import LaunchError, visible_gpus
 from launch.outcome import worker_status, write_outcome
@@ -66,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_outcome(code, "", secondary=False)
         _leave(code)
     return code
+
+
+def command() -> NoReturn:
+    """The command: `main`, then the end of the process."""
+    code = main()
+    # Python puts the default back in place of handlers, and then takes some 100 ms to clear up: a signal in that time
+    # would turn the end of a finished or saved run into a death by signal. What is ignored stays ignored.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 _COMMUNICATION = re.compile(r"Dist\w*Error|gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|timed out", re.I)
@@ -344,4 +355,4 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
