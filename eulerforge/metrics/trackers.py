@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,6 +159,8 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        if not isinstance(threading.excepthook, _QuietWriters):
+            threading.excepthook = _QuietWriters(threading.excepthook)
         # A first run has nothing to drop, and its file should not look like a restart.
         self._writer = SummaryWriter(log_dir=str(folder), purge_step=done + 1 if folder.exists() else None)
 
@@ -185,6 +189,18 @@ class TensorBoardTracker:
         self._writer.close()
 
 
+class _QuietWriters:
+    """Excepthook that leaves out TensorBoard's thread when a disk fails: the next `flush` raises the same error."""
+
+    def __init__(self, hook: Callable[[Any], object]) -> None:
+        self._hook = hook
+
+    def __call__(self, arguments: threading.ExceptHookArgs) -> None:
+        is_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            self._hook(arguments)
+
+
 class CompositeTracker:
     """Fans out to several sinks; with none it is the null tracker of other ranks."""
 
@@ -200,8 +216,10 @@ class CompositeTracker:
             for tracker in self._trackers:
                 tracker.log(metrics)
         except OSError as error:
+            place = f" ({os.fsdecode(error.filename)})" if error.filename else ""
             raise TrainingError(
-                f"step {metrics.step}: metrics cannot be written: {error.strerror or error}; checkpoints are kept",
+                f"step {metrics.step}: metrics cannot be written: {error.strerror or error}{place}; "
+                "checkpoints are kept",
                 "make the run directory writable and give it space, then run again with --resume",
                 see="docs/checkpoints.md",
             ) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_resume import (
+    ACCUMULATION,
     STEPS,
     STOP,
     checkpoints,
@@ -34,7 +35,7 @@ from tests.e2e.test_resume import (
     train,
     values_of,
 )
-from tests.kit.commands import Result, Workspace
+from tests.kit.commands import Result, Workspace, run_command
 
 __all__ = ["quick_and_clean"]  # a fixture that holds here too
 
@@ -273,6 +274,18 @@ def test_metrics_that_cannot_be_written_end_the_run(project: Workspace, disk: Ca
     assert checkpoints(run) == [3, 6]
 
 
+def test_what_a_user_sees_of_a_full_disk_is_one_error(project: Workspace, disk: Callable[[str], Path]) -> None:
+    """In a process of its own: TensorBoard writes in a thread, whose traceback would come on top."""
+    disk("32m")
+    preset = project.preset(**values_of(output_dir="disk/run", training__max_steps=80))
+    hook = {f"AT_FORWARD_{4 * ACCUMULATION}": fill(0)}
+    result = run_command("pretrain", "--preset", str(preset), cwd=project.path, OMP_NUM_THREADS="1", **hook)
+    assert result.code == 1
+    lines = result.err.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["Warning:", "Error:", "Fix:", "See:"], result.err
+    assert "metrics cannot be written: No space left on device" in lines[1]
+
+
 @pytest.mark.parametrize("lock", [True, False], ids=["", "no-lock-yet"])
 def test_a_resume_on_a_full_disk_is_refused(project: Workspace, disk: Callable[[str], Path], lock: bool) -> None:
     path = disk("8m")
@@ -400,7 +413,7 @@ def test_a_directory_that_becomes_read_only_while_the_run_goes(project: Workspac
     assert lines[0].startswith("Warning: status.json could not be written: [Errno 30] Read-only file system")
     rest = Result(result.code, result.out, "\n".join(lines[1:]))
     # The open metrics.jsonl lies under the mount; the first to notice is TensorBoard, whose file is not to be found.
-    refused(rest, "step 8: metrics cannot be written: No such file or directory; checkpoints are kept", code=1)
+    refused(rest, "step 8: metrics cannot be written: No such file or directory (", code=1)
     assert files(run / "checkpoint-6") == before
 
 
@@ -422,7 +435,7 @@ def test_a_directory_that_goes_away_while_the_run_goes_is_not_made_anew(
     lines = result.err.splitlines()
     assert lines[0].startswith("Warning: status.json could not be written: [Errno 2] No such file or directory")
     rest = Result(result.code, result.out, "\n".join(lines[1:]))
-    refused(rest, "step 8: metrics cannot be written: No such file or directory; checkpoints are kept", code=1)
+    refused(rest, "step 8: metrics cannot be written: No such file or directory (", code=1)
     assert not run.exists()
     if how == "renamed":
         assert checkpoints(project.path / "disk" / "other") == [3, 6]
