@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from eulerforge.config.checks import cross_field_problems, unavailable_problems
+from eulerforge.config.fields import describe
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.config.yaml_source import KeyPath, YamlDocument, parse_scalar, parse_yaml
 from eulerforge.errors import PresetError, Problem
@@ -256,7 +257,7 @@ def _schema_problem(error: ErrorDetails, path: KeyPath, places: _Places) -> Prob
         return Problem(f"{place}: required key is missing", f"add {dotted} to the preset")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         advice = f"indent the keys of {dotted} below it, or set them one by one with --set {dotted}.key=value"
-        return Problem(f"{place}: must be a mapping of keys", advice)
+        return Problem(f"{place}: must be a mapping of keys, not {describe(error['input'])}", advice)
     if kind == "literal_error":
         return Problem(f"{place}: must be {context['expected']}, not {error['input']!r}", "use one of those values")
     if kind == "value_error":

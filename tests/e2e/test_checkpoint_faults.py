@@ -274,16 +274,23 @@ def test_metrics_that_cannot_be_written_end_the_run(project: Workspace, disk: Ca
     assert checkpoints(run) == [3, 6]
 
 
-def test_what_a_user_sees_of_a_full_disk_is_one_error(project: Workspace, disk: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(fill(0), "No space left on device"), ("import shutil; shutil.rmtree('disk/run')", "No such file or directory")],
+    ids=["full", "gone"],
+)
+def test_what_a_user_sees_of_a_bad_disk_is_one_error(
+    project: Workspace, disk: Callable[[str], Path], code: str, reason: str
+) -> None:
     """In a process of its own: TensorBoard writes in a thread, whose traceback would come on top."""
     disk("32m")
     preset = project.preset(**values_of(output_dir="disk/run", training__max_steps=80))
-    hook = {f"AT_FORWARD_{4 * ACCUMULATION}": fill(0)}
+    hook = {f"AT_FORWARD_{4 * ACCUMULATION}": code}
     result = run_command("pretrain", "--preset", str(preset), cwd=project.path, OMP_NUM_THREADS="1", **hook)
     assert result.code == 1
     lines = result.err.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["Warning:", "Error:", "Fix:", "See:"], result.err
-    assert "metrics cannot be written: No space left on device" in lines[1]
+    assert f"metrics cannot be written: {reason}" in lines[1]
 
 
 @pytest.mark.parametrize("lock", [True, False], ids=["", "no-lock-yet"])

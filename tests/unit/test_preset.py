@@ -321,7 +321,7 @@ def test_a_preset_is_frozen(tmp_path: Path, section: str, key: str) -> None:
         ),
         (
             "distributed: [1]\n",
-            "p.yml:6: distributed: must be a mapping of keys",
+            "p.yml:6: distributed: must be a mapping of keys, not a list",
             "indent the keys of distributed below it, or set them one by one with --set distributed.key=value",
         ),
     ],
