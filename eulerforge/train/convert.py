@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from eulerforge.config.paths import require_writable
-from eulerforge.errors import CheckpointError, ModelError, OutputError, ResumeError
+from eulerforge.errors import CheckpointError, ModelError, OutputError, Problem, ResumeError
 from eulerforge.files import publish_directory, shown_path
 from eulerforge.models.build import build_model
 from eulerforge.models.directory import ModelDirectory
@@ -62,6 +62,8 @@ def export_checkpoint(request: ExportRequest, say: Callable[[str], None]) -> Non
             f"{shown_path(source)} has its own Python code, and --trust-remote-code is not given",
             "read that code, then add --trust-remote-code",
         )
+    if directory.weights is None:
+        raise ModelError(f"{shown_path(source)} holds no weights", "give a checkpoint-N, a final/ or a run directory")
     dtype = getattr(torch, request.dtype or directory.config.get("dtype", "float32"))
     model = build_model(directory, request.trust_remote_code, seed=0).model
     if (source / STATE_FOLDER).is_dir() and Progress.read(source).masters:
@@ -69,6 +71,7 @@ def export_checkpoint(request: ExportRequest, say: Callable[[str], None]) -> Non
         say(f"Using the float32 weights in {STATE_FOLDER}")
     tokenizer = load_tokenizer(str(source), request.trust_remote_code, add_bos=False, add_eos=False)
     weights = gather_state(model, dtype, keep=True)
+    _require_in_range(model, weights, dtype)
     request.target.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(request.target, f"{shown_path(source)} is untouched"):
         if request.target.is_dir():
@@ -88,12 +91,36 @@ def _find_source(given: Path, say: Callable[[str], None]) -> Path:
         return given
     if (given / "config.json").is_file():
         return given
-    newest = choose_checkpoint(RunPlan(None, given), say) if is_run_directory(given) else None
+    try:
+        newest = choose_checkpoint(RunPlan(None, given), say) if is_run_directory(given) else None
+    except ResumeError as error:
+        problems = [Problem(problem.what.removeprefix("--resume: "), _ADVICE) for problem in error.problems]
+        raise ResumeError.of(problems) from None
     if newest is None:
         raise ResumeError(
             f"{shown_path(given)} holds no checkpoint", "give a checkpoint-N, a final/ or a run directory"
         )
     return newest
+
+
+_ADVICE = "copy the checkpoint back from a backup, or export another one"
+
+
+def _require_in_range(model: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuse a dtype in which a finite weight becomes infinite.
+
+    Raises:
+        OutputError: naming the weight.
+    """
+    state = model.state_dict()
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all() and torch.isfinite(state[name]).all():
+            largest = float(state[name].abs().max())
+            raise OutputError(
+                f"--dtype: {name} holds {largest:g}, and {str(dtype).removeprefix('torch.')} ends at "
+                f"{torch.finfo(dtype).max:g}",
+                "use --dtype bfloat16 or float32",
+            )
 
 
 def _check_target(target: Path) -> None:
