@@ -268,3 +268,50 @@ def test_the_default_folder_follows_the_environment(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert default_cache_dir() == Path("/home/someone/.cache/eulerforge/tokens")
+
+
+# --- The digest -------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_that_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
+    """A run may be resumed on another machine, with the corpus elsewhere and the cache built anew."""
+    path = _corpus(tmp_path, "ab", "c")
+    first = _open(tmp_path, _spec(path))
+    assert len(first.digest) == 64
+    assert _open(tmp_path, _spec(path), _Never()).digest == first.digest
+    _touch(path, _spec(path))
+    touched = _open(tmp_path, _spec(path))
+    (tmp_path / "elsewhere").mkdir()
+    moved = _open(tmp_path, _spec(path.rename(tmp_path / "elsewhere" / "other.jsonl")))
+    parts = _corpus(tmp_path, "ab", name="1.jsonl"), _corpus(tmp_path, "", "c", name="2.jsonl")
+    split = _open(tmp_path, _spec(*parts))
+    caches = (first, touched, moved, split)
+    assert len({cache.path for cache in caches}) == 4
+    assert [cache.reused for cache in caches] == [False] * 4
+    assert {cache.digest for cache in caches} == {first.digest}
+
+
+CONTENTS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
+    # texts, what else differs
+    "one byte": (("ab", "d"), {}),
+    "the order": (("c", "ab"), {}),
+    "a document more": (("ab", "c", "d"), {}),
+    "a document less": (("ab",), {}),
+    "the end token": (("ab", "c"), {"eos_id": BOS}),
+}
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_another_content_has_another_digest(tmp_path: Path, case: str) -> None:
+    texts, changes = CONTENTS[case]
+    first = _open(tmp_path, _spec(_corpus(tmp_path, "ab", "c")))
+    other = _open(tmp_path, _spec(_corpus(tmp_path, *texts, name="other.jsonl"), **changes))
+    assert other.digest != first.digest
+
+
+def test_other_boundaries_of_the_same_tokens_have_another_digest(tmp_path: Path) -> None:
+    first = _open(tmp_path, _spec(_corpus(tmp_path, "ab", "c"), eos_id=None))
+    other = _open(tmp_path, _spec(_corpus(tmp_path, "a", "bc", name="other.jsonl"), eos_id=None))
+    assert first.tokens.tolist() == other.tokens.tolist() == [*b"abc"]
+    assert (first.offsets.tolist(), other.offsets.tolist()) == ([0, 2, 3], [0, 1, 3])
+    assert first.digest != other.digest

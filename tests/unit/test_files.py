@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from eulerforge.files import publish_directory, shown_path, write_json
+from eulerforge.files import begin_directory, publish, publish_directory, shown_path, tree_bytes, write_json
 
 
 def _names(folder: Path) -> list[str]:
@@ -99,3 +101,74 @@ def test_shown_path_is_relative_below_the_current_directory_only(
     monkeypatch.chdir(tmp_path)
     assert shown_path(tmp_path / "outputs" / "run") == "outputs/run"
     assert shown_path(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_the_umask_decides_who_may_read_what_is_published(
+    tmp_path: Path, umask: int, file_mode: int, folder_mode: int
+) -> None:
+    """Whatever modes the writers of single files choose; safetensors makes them for the owner only."""
+    before = os.umask(umask)
+    try:
+        temporary = begin_directory(tmp_path / "final")
+        (temporary / "sub").mkdir()
+        for name, mode in (("private", 0o600), ("sub/open", 0o666), ("script", 0o755)):
+            (temporary / name).write_text(name)
+            (temporary / name).chmod(mode)
+        publish(temporary, tmp_path / "final")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "final").rglob("*")}
+    assert modes == {"private": file_mode, "open": file_mode, "script": file_mode, "sub": folder_mode}
+    assert stat.S_IMODE((tmp_path / "final").stat().st_mode) == folder_mode
+
+
+@pytest.mark.parametrize("old", ["there", "with a leftover of an earlier replacement", "not there"])
+def test_an_older_directory_is_replaced_where_that_is_meant(tmp_path: Path, old: str) -> None:
+    target = tmp_path / "final"
+    if old != "not there":
+        target.mkdir()
+        (target / "old").write_text("old")
+    if old.startswith("with"):
+        (tmp_path / ".final.old.tmp").mkdir()
+        (tmp_path / ".final.old.tmp" / "older").write_text("older")
+    with publish_directory(target, replace=True) as temporary:
+        (temporary / "new").write_text("new")
+        assert target.exists() == (old != "not there")
+    assert _names(tmp_path) == ["final"]
+    assert _names(target) == ["new"]
+
+
+def test_a_replacement_that_fails_leaves_the_older_directory(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(ValueError, match="broke"), publish_directory(target, replace=True):
+        raise ValueError("broke")
+    assert _names(tmp_path) == ["final"]
+    assert _names(target) == ["old"]
+
+
+def test_a_begun_directory_is_empty_and_hidden(tmp_path: Path) -> None:
+    leftover = tmp_path / ".checkpoint-3.tmp"
+    (leftover / "sub").mkdir(parents=True)
+    (leftover / "sub" / "stale").write_text("stale")
+    assert begin_directory(tmp_path / "checkpoint-3") == leftover
+    assert _names(tmp_path) == [".checkpoint-3.tmp"]
+    assert _names(leftover) == []
+
+
+def test_a_begun_directory_makes_no_parents(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        begin_directory(tmp_path / "gone" / "checkpoint-3")
+    assert _names(tmp_path) == []
+
+
+def test_the_bytes_of_a_tree_are_those_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b" / "empty").mkdir(parents=True)
+    for name, size in (("one", 1000), ("a/two", 200), ("a/b/three", 30), ("a/none", 0)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert tree_bytes(tmp_path) == 1230
+    assert tree_bytes(tmp_path / "a") == 230
+    assert tree_bytes(tmp_path / "one") == 1000
+    assert tree_bytes(tmp_path / "a" / "b" / "empty") == 0

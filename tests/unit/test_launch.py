@@ -374,6 +374,31 @@ def _died(rank: int, code: int, pid: int | None = None) -> dict[str, int]:
         ([], {"failures": [_died(0, -9, 99)]}, True, 1, "Another node failed"),
         ([], {"failures": [_died(1, -15)]}, False, 1, "rank 1 (pid 101) was killed by SIGTERM"),
         ([], {"error": "RendezvousTimeoutError: x"}, False, 1, "torchrun (pid 7) ended with code 1 before the"),
+        # Stopped in order: 75 of some and 0 of others is 75, and the first that has words is shown.
+        ([_outcome(0, 0), _outcome(1, 75, "stopped at 5")], {"succeeded": True}, False, 75, "stopped at 5"),
+        ([_outcome(0, 75), _outcome(1, 75, "stopped at 5")], {}, False, 75, "stopped at 5"),
+        ([_outcome(0, 75, "A", time=2), _outcome(1, 75, "B", time=1)], {}, False, 75, "A"),
+        # One was stopped while the run was being set up; the others were ended because of that.
+        ([_outcome(1, 75, "set-up")], {"failures": [_died(0, -15)]}, False, 75, "set-up"),
+        ([_outcome(1, 75, "set-up")], {"failures": [_died(0, -15), _died(1, 75)]}, False, 75, "set-up"),
+        ([_outcome(1, 75, "set-up")], {"failures": [_died(0, -9, 99)]}, False, 75, "set-up"),
+        (
+            [_outcome(0, 1, "peer closed", True), _outcome(1, 75, "set-up")],
+            {"failures": [_died(0, 1)]},
+            False,
+            75,
+            "set-up",
+        ),
+        # A failure of its own beats a stop, whichever came first.
+        ([_outcome(0, 75, "set-up", time=1), _outcome(1, 1, "disk", time=2)], {}, False, 1, "disk"),
+        ([_outcome(0, 2, "preset", time=1), _outcome(1, 75, "set-up", time=2)], {}, False, 2, "preset"),
+        (
+            [_outcome(0, 75, "set-up")],
+            {"failures": [_died(1, -11)]},
+            False,
+            1,
+            "rank 1 (pid 101) was killed by SIGSEGV",
+        ),
     ],
 )
 def test_the_root_cause_is_shown(

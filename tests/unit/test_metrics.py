@@ -7,9 +7,11 @@ import io
 import json
 import os
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -415,3 +417,64 @@ def test_a_full_disk_under_the_metrics_is_one_error() -> None:
     assert problem.what == "step 10: metrics cannot be written: No space left on device; checkpoints are kept"
     assert problem.fix == "make the run directory writable and give it space, then run again with --resume"
     assert caught.value.see == "docs/checkpoints.md"
+
+
+class _Gone(_Recorder):
+    def log(self, metrics: StepMetrics) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._name)
+
+
+@pytest.mark.parametrize("name", ["/run/tensorboard/events", b"/run/tensorboard/events"])
+def test_an_error_of_a_file_names_it(name: Any) -> None:
+    """TensorBoard gives the name as bytes."""
+    with pytest.raises(TrainingError) as caught:
+        CompositeTracker([_Gone([], name)]).log(METRICS)
+    assert str(caught.value) == (
+        "step 10: metrics cannot be written: No such file or directory (/run/tensorboard/events); "
+        "checkpoints are kept"
+    )
+
+
+class _Stuck(_Recorder):
+    def close(self) -> None:
+        super().close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_closing_on_a_full_disk_closes_all_and_hides_no_other_error() -> None:
+    calls: list[str] = []
+    CompositeTracker([_Stuck(calls, "a"), _Recorder(calls, "b")]).close()
+    assert calls == ["a close", "b close"]
+
+
+class _AsyncWriterThread(threading.Thread):
+    """Has the name of TensorBoard's own."""
+
+
+@pytest.fixture
+def thread_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[BaseException | None]:
+    """What threads have shown of their ends, with TensorBoard in use."""
+    shown: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: shown.append(arguments.exc_value))
+    TensorBoardTracker(tmp_path / "tensorboard").close()
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "is_shown"),
+    [
+        (_AsyncWriterThread, OSError(errno.ENOSPC, "full"), False),
+        (_AsyncWriterThread, ValueError("a defect"), True),
+        (threading.Thread, OSError(errno.ENOSPC, "full"), True),
+    ],
+)
+def test_only_a_failing_disk_under_tensorboard_has_no_traceback(
+    thread_errors: list[BaseException | None], kind: type[threading.Thread], error: Exception, is_shown: bool
+) -> None:
+    def fail() -> None:
+        raise error
+
+    thread = kind(target=fail)
+    thread.start()
+    thread.join()
+    assert thread_errors == ([error] if is_shown else [])

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from eulerforge.data.order import EpochOrder
-from eulerforge.data.rows import IGNORE_INDEX, DocumentRows, MicroBatch, PackedRows, StepBatches, require_rows
+from eulerforge.data.rows import (
+    IGNORE_INDEX,
+    DocumentRows,
+    HeldOutBatches,
+    MicroBatch,
+    PackedRows,
+    StepBatches,
+    require_rows,
+)
 from eulerforge.errors import DataError
 
 PAD = 9
@@ -199,3 +207,51 @@ def test_moving_a_batch_keeps_its_content() -> None:
         assert (moved.attention_mask is None) == (batch.attention_mask is None)
         assert moved.attention_mask is None or moved.attention_mask.device.type == "meta"
         assert (moved.targets, moved.tokens) == (batch.targets, batch.tokens)
+
+
+# --- Held-out rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 24])
+def test_every_held_out_row_counts_once_over_all_ranks(rows: int, batch_size: int, world: int) -> None:
+    """Each rank has the same number of batches, because they all take part in the sums."""
+    ranks = [HeldOutBatches(_packed(rows), batch_size, rank, world, PAD) for rank in range(world)]
+    number = -(-rows // (batch_size * world))
+    assert [len(batches) for batches in ranks] == [number] * world
+    seen: list[int] = []
+    targets = tokens = labels = 0
+    for index in range(number):  # the order in which the ranks go through them
+        for batches in ranks:
+            batch = batches[index]
+            targets, tokens = targets + batch.targets, tokens + batch.tokens
+            labels += int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+            assert 1 <= len(batch.input_ids) <= batch_size
+            if batch.tokens:
+                seen += _rows_of(batch)
+    assert seen == list(range(rows))
+    assert (targets, labels, tokens) == (3 * rows, 3 * rows, 4 * rows)
+
+
+def test_a_rank_whose_rows_have_run_out_has_a_batch_without_targets() -> None:
+    batch = HeldOutBatches(_packed(5), 2, rank=1, world_size=2, pad_id=PAD)[1]
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3]]  # real tokens: a forward pass over it is finite
+    assert batch.labels.tolist() == [[IGNORE_INDEX] * 4]
+    assert (batch.targets, batch.tokens) == (0, 0)
+
+
+def test_a_last_batch_has_the_rows_that_are_left() -> None:
+    batch = HeldOutBatches(_packed(5), 2, rank=0, world_size=2, pad_id=PAD)[1]
+    assert batch.input_ids.tolist() == [[16, 17, 18, 19]]
+    assert torch.equal(batch.labels, batch.input_ids)
+    assert (batch.targets, batch.tokens) == (3, 4)
+
+
+def test_held_out_documents_are_padded_and_masked() -> None:
+    batch = HeldOutBatches(_documents(3, 1, 6), 2, rank=0, world_size=1, pad_id=PAD)[0]
+    assert batch.input_ids.tolist() == [[0, 1, 2, PAD], [4, 5, 6, 7]]
+    assert batch.labels.tolist() == [[0, 1, 2, IGNORE_INDEX], [4, 5, 6, 7]]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert (batch.targets, batch.tokens) == (5, 7)
