@@ -204,6 +204,20 @@ def test_a_stop_while_a_checkpoint_is_written_in_the_background(
     _assert_same_run(ready, undisturbed(1))
 
 
+def test_a_stop_while_two_processes_evaluate(ready: Workspace, undisturbed: Callable[[int], Path]) -> None:
+    """The fourth forward pass is the first of the evaluation after step 3."""
+    ready.jsonl("held_out.jsonl", TEXTS[:8])
+    preset = _preset(ready, data__validation={"path": "held_out.jsonl"}, training__eval_steps=3)
+    with pretrain(preset, "--nproc", "2", cwd=ready.path, **_gates(ready, "forward-4")) as run:
+        _stop_at(run, ready, "forward-4", [0, 1], [("SIGUSR1", 1)])
+        _assert_preempted(ready, run, 3, "stopped by a signal to another process")
+    assert "eval_loss" not in ready.metrics()[-1]
+    again = run_command("pretrain", "--preset", str(preset), "--nproc", "2", "--resume", cwd=ready.path)
+    assert again.code == 0, again.err
+    assert [record["step"] for record in ready.metrics() if "eval_loss" in record] == [6, STEPS]
+    _assert_same_run(ready, undisturbed(2))
+
+
 def _assert_nothing_written(workspace: Workspace, run: Command) -> None:
     """Code 75, and the run has never been."""
     code = run.end()
