@@ -336,6 +336,7 @@ def test_a_weight_that_the_dtype_cannot_hold_is_not_turned_into_infinity(trained
     [
         ("layers", "missing_keys"),
         ("weight", "unexpected_keys"),
+        ("dtype", "is not as it was written"),
         ("tokenizer", ""),
         ("buffer", "table is not as it was written"),
     ],
@@ -356,6 +357,8 @@ def test_what_does_not_load_as_written_is_not_published(
         config = json.loads((target / "config.json").read_text())
         if change == "layers":
             config["num_hidden_layers"] = 3
+        elif change == "dtype":
+            config["dtype"] = "bfloat16"  # in which the float32 weights would be loaded
         elif change == "buffer":
             config["auto_map"]["AutoModelForCausalLM"] = "modeling_kit.KitModel"  # not the one that mends buffers
         elif change == "weight":

@@ -34,7 +34,7 @@ from eulerforge.train.checkpoint import (
 from eulerforge.train.manifest import MANIFEST, find_damage, note_files, write_manifest
 from eulerforge.train.run_directory import RunDirectory
 from eulerforge.train.state import Progress
-from eulerforge.train.trainer_state import BufferWatch, Tensors, read_own, read_shared, shared_tensors
+from eulerforge.train.trainer_state import BufferWatch, Tensors, read_own, read_shared, shared_tensors, write_shared
 
 RUN, OTHER = "0123456789abcdef", "fedcba9876543210"
 ONE_PROCESS = ProcessContext(0, 1, 0, 0, torch.device("cpu"), None)
@@ -474,20 +474,30 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("saved", "masters"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_the_tensors_are_those_of_the_time_of_the_call(tmp_path: Path, saved: torch.dtype, masters: bool) -> None:
+def test_the_tensors_are_those_of_the_time_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: torch.dtype, masters: bool
+) -> None:
     run = _run(tmp_path / "run", asynchronous=True, saved=saved, masters=masters)
     run.train(3)
-    gate = _Gate(run)
+    reached, opened = threading.Event(), threading.Event()
+
+    def write_first(*values: Any) -> None:
+        reached.set()
+        assert opened.wait(PATIENCE)
+        write_shared(*values)
+
+    monkeypatch.setattr(checkpoint_module, "write_shared", write_first)  # the first of all that is written
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
     shared = {name: value.clone() for name, value in shared_tensors(run.model, run.optimizer, masters).items()}
     generator = torch.get_rng_state()
     target = run.save(3)
-    assert gate.reached.wait(PATIENCE)
+    assert reached.wait(PATIENCE)
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
     # Training goes on at once: weights, moments, buffers and random numbers all change.
     run.state["step"] = 5
     run.train(2)
     torch.rand(1)
-    gate.open.set()
+    opened.set()
     run.checkpointer.wait()
 
     written = load_file(target / "model.safetensors")
