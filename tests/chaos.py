@@ -472,6 +472,9 @@ def main() -> int:
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp", help="of two processes")
     parser.add_argument("--size", choices=tuple(SIZES), default="large", help="of the model")
     arguments = parser.parse_args()
+    # An exception, so that what was started is ended too: it has a session of its own.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     kind, count = arguments.kind, arguments.count
     steps = (3 if kind == "kills" else 2) * count + 8
     folder = Path(tempfile.mkdtemp(prefix=f"eulerforge-chaos-{kind}-"))
