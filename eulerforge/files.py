@@ -61,7 +61,12 @@ def publish(temporary: Path, target: Path, *, replace: bool = False) -> None:
     if replace and target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     sync_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

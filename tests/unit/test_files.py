@@ -172,3 +172,23 @@ def test_the_bytes_of_a_tree_are_those_of_its_files(tmp_path: Path) -> None:
     assert tree_bytes(tmp_path / "a") == 230
     assert tree_bytes(tmp_path / "one") == 1000
     assert tree_bytes(tmp_path / "a" / "b" / "empty") == 0
+
+
+def test_what_was_to_be_replaced_comes_back_when_the_new_one_cannot_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "final"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if self.name == ".final.tmp":
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"), publish_directory(target, replace=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert _names(tmp_path) == ["final"]
+    assert _names(target) == ["old"]
