@@ -47,7 +47,7 @@ def loop_parts(
         setup.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
     )
     checkpointer = _make_checkpointer(setup, run, run_id, state, optimizer)
-    _restore(setup, optimizer, checkpointer)
+    _restore(setup, checkpointer)
     batches = StepBatches(
         setup.rows,
         seed=training.seed,
@@ -154,7 +154,7 @@ def _make_checkpointer(
     )
 
 
-def _restore(setup: Setup, optimizer: torch.optim.Optimizer, checkpointer: Checkpointer) -> None:
+def _restore(setup: Setup, checkpointer: Checkpointer) -> None:
     """Optimiser, masters, random number generators and buffers as they were; the weights have been loaded."""
     point, context = setup.point, setup.context
     # This seeds dropout, another on each rank, independent of how much randomness building the model has used.

@@ -121,6 +121,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"eulerforge {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    _add_pretrain(commands)
+    _add_export(commands)
+    schema = commands.add_parser("schema", help="print the JSON Schema of a pretrain preset")
+    schema.set_defaults(run=_schema)
+
+    demo = commands.add_parser(
+        "quickstart",
+        help="train the shipped tiny hybrid on this Python's own documentation, then let it write",
+        description="Make a corpus from the standard library's documentation and a tokenizer from that corpus, "
+        "pretrain presets/models/tiny_hybrid on them, and generate a sample from final/.",
+    )
+    demo.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    demo.add_argument("--output-dir", metavar="DIR", help="run directory (default: outputs/pretrain_<time>)")
+    demo.set_defaults(run=_quickstart)
+    return parser
+
+
+def _add_pretrain(commands: argparse._SubParsersAction[_Parser]) -> None:
     pretrain = commands.add_parser(
         "pretrain",
         help="train all parameters of a model on raw text",
@@ -158,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     processes.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where machines meet: on the one with rank 0")
     pretrain.set_defaults(run=_pretrain)
 
+
+def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
     export = commands.add_parser(
         "export",
         help="write a Hugging Face directory from a checkpoint",
@@ -171,20 +191,6 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run"
     )
     export.set_defaults(run=_export)
-
-    schema = commands.add_parser("schema", help="print the JSON Schema of a pretrain preset")
-    schema.set_defaults(run=_schema)
-
-    demo = commands.add_parser(
-        "quickstart",
-        help="train the shipped tiny hybrid on this Python's own documentation, then let it write",
-        description="Make a corpus from the standard library's documentation and a tokenizer from that corpus, "
-        "pretrain presets/models/tiny_hybrid on them, and generate a sample from final/.",
-    )
-    demo.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    demo.add_argument("--output-dir", metavar="DIR", help="run directory (default: outputs/pretrain_<time>)")
-    demo.set_defaults(run=_quickstart)
-    return parser
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
@@ -202,12 +208,12 @@ def _pretrain_until(arguments: argparse.Namespace, watch: StopWatch) -> int:
         console.say(f"Device: {flight.preset.device}")
         return 0
     plan = _plan(flight, arguments)
-    done, steps = flight.run_plan.finished_step(), flight.preset.training.max_steps
-    if done is not None and done >= steps and not arguments.dry_run:
-        console.say(f"The run in {flight.run_plan.output_dir} has finished: step {done} of {steps}. Nothing to do.")
-        return 0
     if arguments.dry_run:
         _describe(plan, flight, arguments)
+        return 0
+    done, steps = flight.run_plan.finished_step(), flight.preset.training.max_steps
+    if done is not None and done >= steps:
+        console.say(f"The run in {flight.run_plan.output_dir} has finished: step {done} of {steps}. Nothing to do.")
         return 0
     if plan.mode == "torchrun":
         for line in (*map("Warning: {}".format, plan.warnings), *plan.reasons):

@@ -22,7 +22,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one move."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as handle:
             handle.write(content)
@@ -34,13 +34,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def temporary_name(target: Path) -> Path:
+    """Where a file or directory is written before it has its name."""
+    return target.with_name(f".{target.name}{TEMPORARY}")
+
+
 def begin_directory(target: Path) -> Path:
     """Make the temporary sibling in which a directory is written before `publish` gives it its name.
 
     A leftover of a killed process is removed. The parent is not made: when it is gone (an unmounted disk), writing
     somewhere else would lose the data.
     """
-    temporary = target.with_name(f".{target.name}{TEMPORARY}")
+    temporary = temporary_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     return temporary

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from eulerforge.distributed.context import ProcessContext
 from eulerforge.errors import CheckpointError, EulerForgeError, PeerFailedError
-from eulerforge.files import begin_directory, publish, shown_path, sync_file, sync_tree
+from eulerforge.files import begin_directory, publish, shown_path, sync_file, sync_tree, temporary_name
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import binary_size
 from eulerforge.train.export import gather_state
@@ -278,8 +278,8 @@ def checkpoint_bytes(model: torch.nn.Module, saved: torch.dtype, masters: bool) 
     """Disk space of a checkpoint: saved weights, AdamW's two moments, masters, and some for what is small."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     per_parameter = saved.itemsize + 2 * 4 + 4 * masters
-    persistent = sum(value.numel() * value.element_size() for value in model.buffers())
-    return round(1.01 * (per_parameter * parameters + persistent)) + 2**22
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    return round(1.01 * (per_parameter * parameters + buffers)) + 2**22
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -295,11 +295,6 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             "earlier checkpoints are kept",
             "free some space, or set training.keep_checkpoints, then run again with --resume",
         )
-
-
-def temporary_name(target: Path) -> Path:
-    """Where a checkpoint is written before it has its name (as `begin_directory`)."""
-    return target.with_name(f".{target.name}.tmp")
 
 
 def remove_checkpoint(path: Path) -> None:
