@@ -124,33 +124,33 @@ def _make_checkpointer(
 
     def progress() -> Progress:
         return Progress(
-            run_id,
-            state.step,
-            state.tokens,
-            state.elapsed,
-            setup.context.world_size,
-            setup.parallel.strategy,
-            setup.masters,
-            setup.fixed,
-            settings,
+            run=run_id,
+            step=state.step,
+            tokens=state.tokens,
+            elapsed=state.elapsed,
+            world_size=setup.context.world_size,
+            strategy=setup.parallel.strategy,
+            masters=setup.masters,
+            fixed=setup.fixed,
+            settings=settings,
         )
 
     return Checkpointer(
-        CheckpointSettings(
-            setup.saved,
-            setup.masters,
-            None if training.keep_checkpoints == "all" else int(training.keep_checkpoints),
-            training.async_checkpoint,
-            setup.point.checkpoint if setup.point else None,
+        settings=CheckpointSettings(
+            saved=setup.saved,
+            masters=setup.masters,
+            keep=None if training.keep_checkpoints == "all" else int(training.keep_checkpoints),
+            asynchronous=training.async_checkpoint,
+            resumed_from=setup.point.checkpoint if setup.point else None,
         ),
-        setup.context,
-        run,
-        setup.model,
-        optimizer,
-        setup.buffers,
-        progress,
-        partial(write_model, setup),
-        setup.console,
+        context=setup.context,
+        run=run,
+        model=setup.model,
+        optimizer=optimizer,
+        buffers=setup.buffers,
+        progress=progress,
+        write_model=partial(write_model, setup),
+        console=setup.console,
     )
 
 

@@ -145,20 +145,20 @@ def set_up(
     rows, validation_rows = _make_rows(flight, cache, held_out, validation, console)
     model.train()
     setup = Setup(
-        flight,
-        launch,
-        context,
-        point,
-        tokenizer,
-        model,
-        parallel,
-        BufferWatch(model),
-        cache,
-        rows,
-        validation_rows,
-        fixed | fixed_data,
-        accumulation,
-        console,
+        flight=flight,
+        launch=launch,
+        context=context,
+        point=point,
+        tokenizer=tokenizer,
+        model=model,
+        parallel=parallel,
+        buffers=BufferWatch(model),
+        cache=cache,
+        rows=rows,
+        validation_rows=validation_rows,
+        fixed=fixed | fixed_data,
+        accumulation=accumulation,
+        console=console,
     )
     _look_for_space(setup)
     # Nodes may need very different times for their caches; from here on ranks wait in collectives, and a signal
