@@ -17,7 +17,8 @@ import torch
 import transformers
 
 import eulerforge
-from eulerforge.data.rows import HeldOutBatches, StepBatches
+from eulerforge.data.loader import BatchLoader
+from eulerforge.data.rows import HeldOutBatches, StepBatches, StepPlan
 from eulerforge.loading import Setup
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import counted
@@ -48,15 +49,9 @@ def loop_parts(
     )
     checkpointer = _make_checkpointer(setup, run, run_id, state, optimizer)
     _restore(setup, checkpointer)
-    batches = StepBatches(
-        setup.rows,
-        seed=training.seed,
-        batch_size=training.batch_size,
-        accumulation=setup.accumulation,
-        rank=context.rank,
-        world_size=context.world_size,
-        pad_id=setup.tokenizer.pad_id,
-    )
+    plan = StepPlan(setup.corpus.order, training.batch_size, setup.accumulation, context.world_size)
+    keep_apart = setup.flight.preset.data.document_mask
+    batches = StepBatches(setup.corpus.rows, plan, context.rank, setup.tokenizer.pad_id, keep_apart)
 
     def stop_requested() -> bool:
         return watch.received is not None
@@ -64,7 +59,7 @@ def loop_parts(
     return LoopParts(
         step=StepParts(
             context=context,
-            forward=CausalForward(setup.model, setup.parallel.call),
+            forward=CausalForward(setup.model, setup.parallel.call, setup.document_way),
             optimizer=optimizer,
             precision=_precision_context(setup),
             synchronise=setup.parallel.synchronise,
@@ -72,7 +67,7 @@ def loop_parts(
             stop_requested=stop_requested,
             save_failed=lambda: checkpointer.failed,
         ),
-        batches=lambda step: [batch.to(context.device) for batch in batches.of_step(step)],
+        batches=BatchLoader(batches.of_step, context.device, training.max_steps),
         learning_rate=partial(
             learning_rate,
             peak=training.lr,
@@ -91,26 +86,27 @@ def loop_parts(
         save_steps=training.save_steps,
         eval_steps=training.eval_steps or training.save_steps,
         rows_per_step=setup.rows_per_step,
-        rows_per_epoch=len(setup.rows),
+        rows_per_epoch=len(setup.corpus.rows),
     )
 
 
 def _make_evaluator(setup: Setup, stop_requested: Callable[[], bool]) -> Evaluator | None:
-    if setup.validation_rows is None:
+    if setup.corpus.validation_rows is None:
         return None
     context = setup.context
     return Evaluator(
         context=context,
         model=setup.model,
-        forward=CausalForward(setup.model),
+        forward=CausalForward(setup.model, document_way=setup.document_way),
         precision=_precision_context(setup),
         settle=setup.parallel.settle,
         batches=HeldOutBatches(
-            setup.validation_rows,
+            setup.corpus.validation_rows,
             setup.training.batch_size,
             context.rank,
             context.world_size,
             setup.tokenizer.pad_id,
+            setup.flight.preset.data.document_mask,
         ),
         stop_requested=stop_requested,
     )
@@ -203,13 +199,12 @@ def write_model(setup: Setup, target: Path, weights: dict[str, torch.Tensor]) ->
 
 def config_snapshot(setup: Setup, run: RunDirectory, run_id: str) -> dict[str, Any]:
     """Content of pretrain_config.json."""
-    flight, tokenizer, cache = setup.flight, setup.tokenizer, setup.cache
+    flight, tokenizer = setup.flight, setup.tokenizer
     preset = flight.preset.model_dump(mode="json")
     preset["model_dir"] = str(flight.directory.path)
-    preset["data"]["path"] = str(Path(str(preset["data"]["path"])).expanduser().absolute())
+    preset["data"]["path"] = _absolute(preset["data"]["path"])
     if preset["data"]["validation"] and preset["data"]["validation"]["path"]:
-        path = Path(preset["data"]["validation"]["path"])
-        preset["data"]["validation"]["path"] = str(path.expanduser().absolute())
+        preset["data"]["validation"]["path"] = _absolute(preset["data"]["validation"]["path"])
     point = setup.point
     branched_from = point.checkpoint if point is not None and flight.run_plan.branch else run.branched_from
     return {
@@ -232,10 +227,25 @@ def config_snapshot(setup: Setup, run: RunDirectory, run_id: str) -> dict[str, A
         "model_hints": [asdict(hint) for hint in flight.hints],
         "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "data": {
-            "files": [str(path) for path in flight.files],
-            "cache": str(cache.path),
-            "tokens": len(cache.tokens),
-            "counts": asdict(cache.counts),
+            "tokens": sum(cache.stream.tokens for cache in setup.corpus.caches),
+            "counts": asdict(setup.corpus.counts),
+            "rows_per_step": setup.rows_per_step,
+            "parts": [
+                {
+                    "path": part.name,
+                    "weight": float(part.weight),
+                    "files": [str(file.path) for file in part.files],
+                    "cache": str(cache.path),
+                    "digest": cache.digest,
+                    "tokens": cache.stream.tokens,
+                    "documents": cache.stream.documents,
+                    "held_out": held_out,
+                    "counts": asdict(cache.counts),
+                }
+                for part, cache, held_out in zip(
+                    flight.corpus.parts, setup.corpus.caches, setup.corpus.held_out, strict=True
+                )
+            ],
         },
         "versions": {
             "eulerforge": eulerforge.__version__,
@@ -245,3 +255,12 @@ def config_snapshot(setup: Setup, run: RunDirectory, run_id: str) -> dict[str, A
         },
         "command": sys.argv,
     }
+
+
+def _absolute(value: Any) -> Any:
+    """The value of `data.path` with absolute paths."""
+    if isinstance(value, list):
+        return [_absolute(entry) for entry in value]
+    if isinstance(value, dict):
+        return value | {"path": _absolute(value["path"])}
+    return str(Path(value).expanduser().absolute())

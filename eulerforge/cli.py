@@ -23,6 +23,7 @@ from typing import NoReturn
 import yaml
 
 from eulerforge import __version__, quickstart
+from eulerforge.commands import cache, prepare, show, tokenizer
 from eulerforge.config.checks import check_replicas, grad_accum_steps
 from eulerforge.config.load import load_preset
 from eulerforge.config.schema import json_schema
@@ -122,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     _add_pretrain(commands)
+    prepare.add(commands)
+    cache.add(commands)
+    tokenizer.add(commands)
+    show.add(commands)
     _add_export(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of a pretrain preset")
     schema.set_defaults(run=_schema)

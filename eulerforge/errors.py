@@ -142,6 +142,12 @@ class PeerFailedError(EulerForgeError):
     default_see = "docs/distributed.md"
 
 
+class PreparationError(EulerForgeError):
+    """Tokenising could not go on, for no fault of the input. Finished parts are kept."""
+
+    default_see = "docs/data.md"
+
+
 class CheckpointError(EulerForgeError):
     """A checkpoint could not be written. Those written before are kept."""
 

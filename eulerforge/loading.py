@@ -5,27 +5,26 @@ checkpoint (--resume) -> tokenizer -> model -> token cache -> rows -> room on th
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from eulerforge.config.checks import grad_accum_steps
-from eulerforge.config.schema import PretrainPreset, TrainingSection
-from eulerforge.data.cache import CacheSpec, TokenCache, Tokens, open_or_build
-from eulerforge.data.rows import DocumentRows, PackedRows, require_rows
+from eulerforge.config.schema import TrainingSection
+from eulerforge.corpus import Corpus, make_corpus, open_caches, say_mixture
+from eulerforge.data.cache import Voice
 from eulerforge.distributed.context import ProcessContext
 from eulerforge.distributed.parallelize import ParallelModel
 from eulerforge.errors import OutputError, ResumeError
 from eulerforge.files import shown_path, tree_bytes
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import binary_size
+from eulerforge.metrics.progress import tokenizing
+from eulerforge.models.document_mask import Way
 from eulerforge.models.tokenizer import Tokenizer, adopt_special_ids, load_tokenizer
 from eulerforge.preflight import Preflight
 from eulerforge.train.checkpoint import checkpoint_bytes
@@ -68,7 +67,8 @@ class Setup:
     Attributes:
         point: where the run goes on, None for one that begins.
         buffers: the model's buffers as built.
-        validation_rows: held-out rows, None without any.
+        corpus: rows and their order.
+        document_way: how the model is told of documents that must not see each other, None if they may.
         fixed: what a resume must not change.
         accumulation: micro-batches per step.
     """
@@ -81,9 +81,8 @@ class Setup:
     model: Any
     parallel: ParallelModel
     buffers: BufferWatch
-    cache: TokenCache
-    rows: PackedRows | DocumentRows
-    validation_rows: PackedRows | DocumentRows | None
+    corpus: Corpus
+    document_way: Way | None
     fixed: dict[str, Any]
     accumulation: int
     console: Console
@@ -126,7 +125,7 @@ def set_up(
     point = _resume_point(flight, context, console)
     with context.local_main_first("tokenizer"):
         tokenizer = load_tokenizer(
-            flight.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos
+            flight.corpus.tokenizer, preset.trust_remote_code, preset.data.add_bos, preset.data.add_eos
         )
     rows_per_step = preset.training.batch_size * accumulation * context.world_size
     fixed = fixed_by_input(flight.directory, tokenizer, preset, rows_per_step)
@@ -136,13 +135,14 @@ def set_up(
     model, parallel = load_model(replace(request, checkpoint=point.checkpoint if point else None))
     for warning in adopt_special_ids(model, tokenizer, flight.directory):
         console.warn(warning)
+    voice = Voice(console.say, partial(tokenizing, console))
     with context.local_main_first("tokens"):
-        cache = _load_tokens(flight, tokenizer, console)
-        validation = _load_validation(flight, tokenizer, console)
-    held_out = _held_out_documents(flight.preset, cache)
-    fixed_data = fixed_by_data(cache, held_out)
+        caches = open_caches(flight.corpus, preset, tokenizer, voice)
+    corpus = make_corpus(preset, flight.corpus.parts, caches, console.say)
+    fixed_data = fixed_by_data(corpus.caches, [part.weight for part in flight.corpus.parts], corpus.held_out)
     _compare(point, fixed_data, console)
-    rows, validation_rows = _make_rows(flight, cache, held_out, validation, console)
+    if len(corpus.caches) > 1:
+        say_mixture(corpus, flight.corpus.parts, rows_per_step * preset.training.max_steps, console.say)
     model.train()
     setup = Setup(
         flight=flight,
@@ -153,9 +153,8 @@ def set_up(
         model=model,
         parallel=parallel,
         buffers=BufferWatch(model),
-        cache=cache,
-        rows=rows,
-        validation_rows=validation_rows,
+        corpus=corpus,
+        document_way=None,
         fixed=fixed | fixed_data,
         accumulation=accumulation,
         console=console,
@@ -228,91 +227,3 @@ def _look_for_space(setup: Setup) -> None:
         setup.console.warn(
             f"{kept} checkpoints need {binary_size(kept * needed)}: set training.keep_checkpoints or free some space."
         )
-
-
-def _load_tokens(flight: Preflight, tokenizer: Tokenizer, console: Console) -> TokenCache:
-    cache = _open_cache(flight, flight.files, "data.path", tokenizer, console)
-    counts = cache.counts
-    console.say(f"Loaded {counts.documents} texts from {flight.preset.data.path}")
-    notes = {
-        **{f"skipped, {kind}": number for kind, number in counts.skipped.items()},
-        "empty texts dropped": counts.empty,
-        "texts with lone surrogates repaired": counts.repaired,
-    }
-    if any(notes.values()):
-        console.say("Data notes: " + ", ".join(f"{number} {what}" for what, number in notes.items() if number))
-    console.say(f"Token cache: {'reused' if cache.reused else 'built'} {cache.path}")
-    return cache
-
-
-def _load_validation(flight: Preflight, tokenizer: Tokenizer, console: Console) -> TokenCache | None:
-    if not flight.validation_files:
-        return None
-    return _open_cache(flight, flight.validation_files, "data.validation.path", tokenizer, console)
-
-
-def _open_cache(
-    flight: Preflight, files: tuple[Path, ...], key: str, tokenizer: Tokenizer, console: Console
-) -> TokenCache:
-    data = flight.preset.data
-    spec = CacheSpec(
-        files,
-        data.text_column,
-        data.on_bad_line,
-        bos_id=tokenizer.bos_id if data.add_bos else None,
-        eos_id=tokenizer.eos_id if data.add_eos else None,
-        key=key,
-    )
-    check = partial(require_rows, max_length=data.max_length, packing=data.packing, key=key)
-    return open_or_build(spec, tokenizer, flight.cache_dir, check, console.say)
-
-
-def _held_out_documents(preset: PretrainPreset, cache: TokenCache) -> int:
-    """How many of the last documents are not trained on."""
-    validation = preset.data.validation
-    if validation is None or validation.fraction is None:
-        return 0
-    return math.ceil(validation.fraction * cache.documents)
-
-
-def _make_rows(
-    flight: Preflight, cache: TokenCache, held_out: int, validation: TokenCache | None, console: Console
-) -> tuple[PackedRows | DocumentRows, PackedRows | DocumentRows | None]:
-    """Training rows, and held-out rows if there are any."""
-    data = flight.preset.data
-    border = cache.documents - held_out
-    training_offsets = cache.offsets[: border + 1]
-    if held_out:
-        check = partial(require_rows, max_length=data.max_length, packing=data.packing)
-        check(training_offsets, key="data.validation.fraction", what="what is left to train on")
-        check(cache.offsets[border:], key="data.validation.fraction", what="the held-out part")
-    rows = _rows_of(flight.preset, cache.tokens, training_offsets)
-    console.say(_shape(flight.preset, rows))
-    held: PackedRows | DocumentRows | None = None
-    if held_out:
-        start = int(cache.offsets[border])
-        held = _rows_of(flight.preset, cache.tokens[start:], cache.offsets[border:] - start)
-    elif validation is not None:
-        held = _rows_of(flight.preset, validation.tokens, validation.offsets)
-    if held is not None:
-        documents = held_out or (validation.documents if validation else 0)
-        console.say(f"Held out: {documents:,} texts, {len(held):,} rows of {data.max_length} tokens")
-    return rows, held
-
-
-def _rows_of(preset: PretrainPreset, tokens: Tokens, offsets: npt.NDArray[np.int64]) -> PackedRows | DocumentRows:
-    if preset.data.packing:
-        return PackedRows(tokens[: offsets[-1]], preset.data.max_length)
-    return DocumentRows(tokens, offsets, preset.data.max_length)
-
-
-def _shape(preset: PretrainPreset, rows: PackedRows | DocumentRows) -> str:
-    """What the corpus has become, for the log."""
-    length = preset.data.max_length
-    if isinstance(rows, PackedRows):
-        return f"Packed: {rows.total:,} tokens → {len(rows):,} chunks (max_length={length})"
-    padding = 1 - rows.real_tokens / (len(rows) * length)
-    return (
-        f"Rows: {rows.texts:,} texts → {len(rows):,} rows (max_length={length}, {rows.cut:,} cut, "
-        f"{rows.left_out:,} of one token left out, {padding:.1%} padding)"
-    )

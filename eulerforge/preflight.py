@@ -7,18 +7,20 @@ checked by the worker, still before the run directory is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from eulerforge.config.hints import Hint, apply_hints
 from eulerforge.config.load import LoadedPreset
 from eulerforge.config.paths import default_cache_dir, expand_path, require_writable
-from eulerforge.config.schema import PretrainPreset
-from eulerforge.data.sources import DocumentCounts, iter_documents, resolve_files
+from eulerforge.config.schema import MixtureSource, PretrainPreset
+from eulerforge.data.readers import DocumentCounts, iter_texts
+from eulerforge.data.sources import CorpusFiles, CorpusPart, SourceFile, resolve_corpus
 from eulerforge.errors import DataError, InputError, ModelError, Problem, TokenizerError
-from eulerforge.models.blocks import find_blocks
+from eulerforge.models.blocks import find_blocks, refuse_leaking_blocks
 from eulerforge.models.directory import TOKENIZER_FILES, ModelDirectory
 from eulerforge.precision.plan import PrecisionPlan, plan_precision
 from eulerforge.train.resume import RunPlan, plan_run
@@ -35,10 +37,7 @@ class Preflight:
         preset: the preset in force (with the model's hints, if asked for).
         hints: training hints of the model's config.json.
         directory: what is known about the model.
-        tokenizer: directory or hub name to load.
-        files: the corpus.
-        validation_files: held-out text of its own, empty if there is none.
-        cache_dir: where token caches lie.
+        corpus: where the text comes from.
         precision: how numbers are held.
         run_plan: where the run writes, and what it begins with.
     """
@@ -47,10 +46,7 @@ class Preflight:
     preset: PretrainPreset
     hints: tuple[Hint, ...]
     directory: ModelDirectory
-    tokenizer: str
-    files: tuple[Path, ...]
-    validation_files: tuple[Path, ...]
-    cache_dir: Path
+    corpus: CorpusFiles
     precision: PrecisionPlan
     run_plan: RunPlan
 
@@ -69,13 +65,7 @@ def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool =
     preset = loaded.preset
     attempts = _Attempts()
     directory = attempts.run(lambda: ModelDirectory.read(expand_path(preset.model_dir, "model_dir", ModelError)))
-    files = attempts.run(lambda: resolve_files(str(preset.data.path)))
-    if files:
-        attempts.run(lambda: _peek(files, preset))
-    held_out = preset.data.validation.path if preset.data.validation else None
-    validation_files = attempts.run(lambda: resolve_files(held_out, "data.validation.path")) if held_out else ()
-    if validation_files:
-        attempts.run(lambda: _peek(validation_files, preset))
+    parts, validation = _find_corpus(preset, attempts)
     plan: RunPlan | None = RunPlan(preset.output_dir)
     if owns_output or resume is not None:
         plan = attempts.run(lambda: plan_run(preset.output_dir, resume))
@@ -85,19 +75,63 @@ def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool =
     preset, hints = attempts.run(lambda: apply_hints(loaded, directory.config)) or (preset, ())
     tokenizer = attempts.run(lambda: _find_tokenizer(preset, directory))
     attempts.run(lambda: _check_model(preset, directory))
+    blocks = find_blocks(directory)
+    if preset.data.document_mask:
+        attempts.run(lambda: refuse_leaking_blocks(blocks))
     training = preset.training
-    precision = attempts.run(
-        lambda: plan_precision(training.dtype, training.amp, training.precision_check, find_blocks(directory))
-    )
+    precision = attempts.run(lambda: plan_precision(training.dtype, training.amp, training.precision_check, blocks))
     if attempts.failed:
         raise attempts.error()
-    assert files is not None
-    assert validation_files is not None
+    assert parts is not None
+    assert validation is not None
     assert tokenizer is not None
     assert precision is not None
     assert cache_dir is not None
     assert plan is not None
-    return Preflight(loaded, preset, hints, directory, tokenizer, files, validation_files, cache_dir, precision, plan)
+    corpus = CorpusFiles(parts, validation, cache_dir, tokenizer)
+    return Preflight(loaded, preset, hints, directory, corpus, precision, plan)
+
+
+def inspect_corpus(loaded: LoadedPreset) -> CorpusFiles:
+    """Check what `prepare` needs: the text, the tokenizer and the cache. The model may be somewhere else.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    preset = loaded.preset
+    attempts = _Attempts()
+    parts, validation = _find_corpus(preset, attempts)
+    cache_dir = attempts.run(lambda: _check_cache_dir(preset.data.cache_dir))
+
+    def find() -> str:
+        directory = None
+        if preset.tokenizer is None:
+            directory = ModelDirectory.read(expand_path(preset.model_dir, "model_dir", ModelError))
+        return _find_tokenizer(preset, directory)
+
+    tokenizer = attempts.run(find)
+    if attempts.failed:
+        raise attempts.error()
+    assert parts is not None
+    assert validation is not None
+    assert tokenizer is not None
+    assert cache_dir is not None
+    return CorpusFiles(parts, validation, cache_dir, tokenizer)
+
+
+def _find_corpus(
+    preset: PretrainPreset, attempts: _Attempts
+) -> tuple[tuple[CorpusPart, ...] | None, tuple[CorpusPart, ...] | None]:
+    """Training text and held-out text of its own; None for what is wrong."""
+
+    def find(value: str | list[str] | list[MixtureSource], key: str) -> tuple[CorpusPart, ...] | None:
+        parts = attempts.run(lambda: resolve_corpus(value, key))
+        for part in parts or ():
+            attempts.run(partial(_peek, part, preset))
+        return parts
+
+    held_out = preset.data.validation.path if preset.data.validation else None
+    return find(preset.data.path, "data.path"), find(held_out, "data.validation.path") if held_out else ()
 
 
 class _Attempts:
@@ -126,15 +160,21 @@ class _Attempts:
         return InputError.of(problems, see=", ".join(pages))
 
 
-def _peek(files: Sequence[Path], preset: PretrainPreset) -> None:
+def _peek(part: CorpusPart, preset: PretrainPreset) -> None:
     """Read up to the first document: a wrong text column or format should not wait for the model."""
-    documents = iter_documents(files, preset.data.text_column, preset.data.on_bad_line, DocumentCounts())
-    next(documents, None)
+    for file in part.files:
+        if file.holds_tokens or next(_texts(file, preset), None) is not None:
+            return
 
 
-def _find_tokenizer(preset: PretrainPreset, directory: ModelDirectory) -> str:
+def _texts(file: SourceFile, preset: PretrainPreset) -> Iterator[str]:
+    return iter_texts(file, preset.data.text_column, preset.data.on_bad_line, DocumentCounts())
+
+
+def _find_tokenizer(preset: PretrainPreset, directory: ModelDirectory | None) -> str:
     name = preset.tokenizer
     if name is None:
+        assert directory is not None
         if directory.has_tokenizer:
             return str(directory.path)
         suggestion = directory.suggested_tokenizer
@@ -161,7 +201,8 @@ def _check_cache_dir(cache_dir: str | None) -> Path:
     path = default_cache_dir() if cache_dir is None else expand_path(cache_dir, "data.cache_dir", DataError)
     if path.exists() and not path.is_dir():
         raise DataError(f"data.cache_dir: {path} is a file", "set data.cache_dir to a directory")
-    require_writable(path, "data.cache_dir", DataError)
+    if not (path / "corpora").is_dir():  # one that is there already may be shared, and only to be read
+        require_writable(path, "data.cache_dir", DataError)
     return path
 
 

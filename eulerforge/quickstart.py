@@ -10,7 +10,6 @@ import ast
 import inspect
 import json
 import os
-import shutil
 import sys
 import sysconfig
 import warnings
@@ -19,7 +18,6 @@ from pathlib import Path
 
 from eulerforge.files import shown_path
 
-END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
 """That of presets/models/tiny_hybrid, so that nothing has to be resized."""
 
@@ -96,57 +94,10 @@ def write_corpus(path: Path) -> int:
 
 
 def train_tokenizer(corpus: Path, output_dir: Path, vocab_size: int) -> None:
-    """Train a byte-level BPE tokenizer on the texts of `corpus` and save it to `output_dir`.
+    """Train a tokenizer (see `data.bpe`) on what `write_corpus` has written."""
+    from eulerforge.data.bpe import train_tokenizer
 
-    It has one special token, `<|endoftext|>` with id 0, as both beginning and end of text, and it encodes any text
-    without an unknown token. `output_dir` appears only once it is complete; it may exist before, but only empty.
-
-    Args:
-        corpus: JSON lines with a "text" each, as `write_corpus` writes them.
-        output_dir: where `AutoTokenizer.from_pretrained` will find the tokenizer.
-        vocab_size: entries of the vocabulary, special token included. At least 257: it and the 256 bytes. A corpus
-            too small for that many merges gives fewer entries.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    # Sorted, as the library returns it in an order that differs from call to call, and ids follow the order.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + 1:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but {END_OF_TEXT} and the {len(alphabet)} bytes alone take "
-            f"{len(alphabet) + 1} entries"
-        )
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not an empty directory")
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(corpus), trainer=trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        # Otherwise decoding could drop spaces before punctuation, and text would not survive a round trip.
-        clean_up_tokenization_spaces=False,
-    )
-
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(output_dir)
-    try:
-        wrapped.save_pretrained(str(temporary))
-        if output_dir.exists():
-            output_dir.rmdir()  # Windows does not rename onto a directory, not even an empty one.
-        temporary.replace(output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    train_tokenizer(_texts(corpus), output_dir, vocab_size)
 
 
 def _temporary_sibling(path: Path) -> Path:

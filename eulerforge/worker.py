@@ -104,7 +104,9 @@ def _train(setup: Setup, run: RunDirectory, watch: StopWatch) -> None:
         if setup.training.max_minutes is not None:
             console.say(f"Stopping in order after {setup.training.max_minutes:g} minutes (training.max_minutes)")
         with contextlib.closing(make_tracker(setup, run, state.step)) as tracker:
-            meter = fit(loop_parts(setup, run, run_id, state, tracker, watch), state)
+            parts = loop_parts(setup, run, run_id, state, tracker, watch)
+            with contextlib.closing(parts.batches):
+                meter = fit(parts, state)
         if state.stopped:
             cause = watch.received or "a signal to another process"
             saved = shown_path(run.checkpoint(state.step))
@@ -127,7 +129,7 @@ def _announce(setup: Setup, run: RunDirectory) -> None:
     say(f"Run directory: {shown_path(run.path)}")
     shape = f"{training.batch_size} rows x {setup.accumulation} micro-batches x {counted(context.world_size)}"
     rows = setup.rows_per_step
-    say(f"Global batch: {shape} = {rows} rows, up to {rows * setup.rows.max_length:,} tokens per step")
+    say(f"Global batch: {shape} = {rows} rows, up to {rows * setup.corpus.rows.max_length:,} tokens per step")
     say(
         f"Starting training: max_steps={training.max_steps}, batch_size={training.batch_size}, "
         f"grad_accum={setup.accumulation}, lr={training.lr}, warmup={training.warmup_steps}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from eulerforge.config.schema import PretrainPreset
+from eulerforge.config.schema import MixtureSource, PretrainPreset
 from eulerforge.errors import PresetError
 
 Finding = tuple[str, str, str]
@@ -34,6 +34,11 @@ def cross_field_problems(preset: PretrainPreset) -> Iterator[Finding]:
         yield "data.validation", "needs either path or fraction", "set one of data.validation.path and .fraction"
     if validation is None and training.eval_steps is not None:
         yield "training.eval_steps", "there is nothing to evaluate on", "set data.validation, or remove eval_steps"
+    if not preset.data.packing:
+        if isinstance(preset.data.path[0], MixtureSource):
+            yield "data.path", "a mixture counts tokens, which needs packed rows", "set data.packing: true"
+        if preset.data.document_mask:
+            yield "data.document_mask", "rows of one document need no mask", "remove it, or set data.packing: true"
     if preset.distributed.replicate > 1 and preset.distributed.strategy != "fsdp":
         yield "distributed.replicate", "replicas of shards need the fsdp strategy", "set distributed.strategy: fsdp"
 
@@ -73,19 +78,7 @@ def check_replicas(preset: PretrainPreset, world_size: int) -> None:
 
 def unavailable_problems(preset: PretrainPreset) -> Iterator[Finding]:
     """Values whose machinery is not built yet. Accepting and ignoring them would be a silent fallback."""
-    data, training = preset.data, preset.training
-    if not isinstance(data.path, str):
-        yield (
-            "data.path",
-            "lists and weighted mixtures are not available in this version",
-            "give one path or glob",
-        )
-    if data.num_workers not in ("auto", 1):
-        yield (
-            "data.num_workers",
-            "this version tokenises in one process (with threads)",
-            "set it to auto or 1",
-        )
+    training = preset.training
     if training.activation_checkpointing:
         yield "training.activation_checkpointing", "not available in this version", "set it to false"
     if training.compile:

@@ -105,8 +105,38 @@ def _to_count(value: Any, otherwise: str) -> int:
 
 
 def to_data_path(value: Any) -> Any:
-    """A path as text, or (for later versions) a list or mapping of sources."""
-    return value if isinstance(value, list | dict) else to_text(value)
+    """A path, a list of paths, or a mixture: a list of `{path, weight}`."""
+    if not isinstance(value, list):
+        if isinstance(value, dict):
+            raise ValueError("must be a path, a list of paths, or a list of {path, weight}, not a mapping")
+        return to_text(value)
+    if not value:
+        raise ValueError("must not be an empty list")
+    if any(isinstance(entry, dict) for entry in value):
+        return [_to_mixture_source(number, entry) for number, entry in enumerate(value, 1)]
+    return [_named(number, to_text, entry) for number, entry in enumerate(value, 1)]
+
+
+def _to_mixture_source(number: int, entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"entry {number} has no weight: in a mixture each entry is {{path: ..., weight: ...}}")
+    for name in entry:
+        if name not in ("path", "weight"):
+            raise ValueError(f"entry {number} has an unknown key {name!r}; it takes path and weight")
+    for name in ("path", "weight"):
+        if name not in entry:
+            raise ValueError(f"entry {number} has no {name}: each entry is {{path: ..., weight: ...}}")
+    weight = _named(number, to_float, entry["weight"])
+    if weight <= 0:
+        raise ValueError(f"entry {number}: weight must be greater than 0, not {entry['weight']}")
+    return {"path": _named(number, to_text, entry["path"]), "weight": weight}
+
+
+def _named(number: int, convert: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return convert(value)
+    except ValueError as error:
+        raise ValueError(f"entry {number}: {error}") from None
 
 
 def describe(value: Any) -> str:

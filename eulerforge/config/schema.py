@@ -46,11 +46,19 @@ class ValidationSection(Section):
     )
 
 
-class DataSection(Section):
-    """Raw text and how it becomes rows of tokens."""
+class MixtureSource(Section):
+    """One source of a mixture."""
 
-    path: Annotated[str | list[Any] | dict[str, Any], BeforeValidator(to_data_path)] = Field(
-        description="JSONL file (plain or gzip), a directory of such files, or a glob."
+    path: Text = Field(description="As data.path, one path.")
+    weight: PositiveFloat = Field(description="Its part of the tokens, relative to the other weights.")
+
+
+class DataSection(Section):
+    """Text, or token ids, and how they become rows of tokens."""
+
+    path: Annotated[str | list[str] | list[MixtureSource], BeforeValidator(to_data_path)] = Field(
+        description="JSON lines, text or Parquet (plain, gzip or zstd) or token ids (.npy, .bin): a file, a "
+        "directory, a glob, a list of those, or a mixture [{path, weight}] by tokens."
     )
     text_column: Text = Field("text", description="Key of the text; a.b reaches into nested objects.")
     max_length: ChunkLength = Field(2048, description="Tokens in a chunk.")
@@ -68,9 +76,25 @@ class DataSection(Section):
     validation: ValidationSection | None = Field(
         None, description="Held-out data, {path} or {fraction}, evaluated every training.eval_steps."
     )
+    shuffle: Bool = Field(
+        True, description="Another random order of rows in each epoch; false: the order of the files."
+    )
+    document_mask: Bool = Field(
+        False,
+        description="No attention and no target across documents of a packed row. "
+        "Refused for models that carry state from one to the next.",
+    )
+    token_dtype: Literal["uint16", "uint32"] | None = Field(
+        None, description="Size of the ids in raw .npy and .bin files. Default: as the table beside a .npy says."
+    )
     cache_dir: Text | None = Field(None, description="Token cache. Default: the user's cache directory.")
+    verify: Literal["mtime", "content"] = Field(
+        "mtime",
+        description="What the cache knows a file by: path, size and modification time, or its content "
+        "(read at each start).",
+    )
     num_workers: Annotated[Literal["auto"] | int, BeforeValidator(to_count_or("auto"))] = Field(
-        "auto", description="Tokenising processes. This version uses one process with threads."
+        "auto", description="Tokenising processes. auto: one a core, or one for a corpus below 16 MiB."
     )
 
 

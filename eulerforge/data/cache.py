@@ -1,13 +1,13 @@
-"""Documents -> a memory-mapped token cache on disk, built once and reused by later runs.
+"""The token cache: a corpus is tokenised once, and every rank, node and later run reads the result.
 
-    <cache_dir>/<key>/tokens.bin     token ids of all documents, one after the other (uint16 or uint32, little-endian)
-    <cache_dir>/<key>/offsets.npy    int64, documents + 1: document d is tokens[offsets[d]:offsets[d + 1]]
-    <cache_dir>/<key>/meta.json      counts, a digest of the content, and everything the key was made of
+    <cache_dir>/corpora/<key>.json   a corpus that is complete: its shards in order, counts, a digest of the content
+    <cache_dir>/corpora/<key>.lock   held by the process that builds it; others wait for it
+    <cache_dir>/shards/<id>/         see `shards.py`; corpora that have files in common share their shards
+    <cache_dir>/building/<key>/      shards that are being written
 
-The key covers the tokenizer's content, each file's identity (path, size, modification time), the text column and the
-BOS/EOS policy. The folder is written under a temporary name and renamed when complete, so a killed build leaves
-nothing that could be taken for a cache. Documents are encoded in bounded groups, so memory does not grow with the
-corpus.
+Keys and ids cover the tokenizer's content, each file's identity (path, size and modification time, or its content
+with `data.verify: content`), the text column, the BOS/EOS policy and the format's version. `max_length`, `packing`
+and `on_bad_line` are not in them: what was tokenised serves all of these.
 """
 
 from __future__ import annotations
@@ -15,30 +15,47 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
-import tempfile
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
+from filelock import FileLock, Timeout
 
-from eulerforge.data.sources import DocumentCounts, iter_documents
-from eulerforge.errors import DataError
-from eulerforge.files import sync_tree, write_json
+from eulerforge.data.build import (
+    FORMAT_VERSION,
+    SHARD_BYTES,
+    BuiltTask,
+    DocumentEncoder,
+    Recipe,
+    Report,
+    Task,
+    Workplace,
+    build_task,
+    plan_tasks,
+    total_counts,
+)
+from eulerforge.data.readers import DocumentCounts, line_of_byte
+from eulerforge.data.shards import ContentDigest, ShardMeta
+from eulerforge.data.sources import SourceFile
+from eulerforge.data.token_files import index_of
+from eulerforge.data.tokens import Shard, TokenStream
+from eulerforge.errors import DataError, InputError
+from eulerforge.files import write_json
 
-FORMAT_VERSION = 2
-_GROUP_DOCUMENTS = 1024
-_GROUP_CHARACTERS = 4_000_000
+_SMALL = 16 * 2**20
+"""Bytes of a corpus for which further processes would take longer to start than to help."""
 
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+_POLL_SECONDS = 0.2
 
 
-class DocumentEncoder(Protocol):
-    """What the cache needs of a tokenizer (`models.tokenizer.Tokenizer`)."""
+class CorpusEncoder(DocumentEncoder, Protocol):
+    """What a cache needs of a tokenizer (`models.tokenizer.Tokenizer`)."""
 
     @property
     def fingerprint(self) -> str:
@@ -48,24 +65,36 @@ class DocumentEncoder(Protocol):
     def largest_id(self) -> int:
         """The largest id it can give."""
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+    @property
+    def serialized(self) -> str | None:
+        """What another process can make it from (tokenizer.json), None if nothing can."""
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache is made from. `bos_id`/`eos_id` are None where the policy adds none.
+    """What a cache is made from.
 
     Attributes:
+        bos_id, eos_id: None where the policy adds none.
+        separator: the tokenizer's EOS, which ends documents in token files.
+        verify: what a file is known by.
+        processes: that tokenise; None for as many as there are cores.
         key: what the preset calls the files, for messages; it does not matter to the cache.
+        name: the preset's value, for `eulerforge cache ls`.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[SourceFile, ...]
     text_column: str
     on_bad_line: Literal["error", "skip"]
     bos_id: int | None
     eos_id: int | None
+    separator: int | None = None
+    token_dtype: str | None = None
+    verify: Literal["mtime", "content"] = "mtime"
+    processes: int | None = None
     key: str = "data.path"
+    name: str = ""
+    shard_bytes: int = SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -73,186 +102,333 @@ class TokenCache:
     """An open cache.
 
     Attributes:
-        path: its folder.
-        tokens: all ids, memory-mapped, shape (total,).
-        offsets: document boundaries, shape (documents + 1,).
+        path: of its manifest.
+        stream: all tokens.
         counts: what was met while reading the corpus.
-        digest: SHA-256 of ids and boundaries, the same wherever the corpus lies.
+        digest: of ids and document boundaries, the same wherever the corpus lies and however it is cut into files.
         reused: whether it was found rather than built.
     """
 
     path: Path
-    tokens: Tokens
-    offsets: npt.NDArray[np.int64]
+    stream: TokenStream
     counts: DocumentCounts
     digest: str
     reused: bool
 
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return len(self.offsets) - 1
+
+@dataclass(frozen=True)
+class Voice:
+    """How a cache tells what it does.
+
+    Attributes:
+        say: prints a line.
+        progress: told the bytes to read; makes what is told of progress.
+    """
+
+    say: Callable[[str], None]
+    progress: Callable[[int], AbstractContextManager[Report]]
 
 
 def open_or_build(
-    spec: CacheSpec,
-    encoder: DocumentEncoder,
-    cache_dir: Path,
-    check: Callable[[npt.NDArray[np.int64]], None],
-    say: Callable[[str], None],
+    spec: CacheSpec, encoder: CorpusEncoder, cache_dir: Path, check: Callable[[TokenStream], None], voice: Voice
 ) -> TokenCache:
     """Open the cache of `spec`, building it first if needed.
 
+    Only one process builds a corpus at a time; others wait, without a time limit, and then read it.
+
     Args:
-        check: called with the document offsets before a new cache is published; raises if the corpus cannot be used.
-        say: prints a line (a damaged cache is announced before it is rebuilt).
+        check: called with the stream before a new cache is published, and for one that is reused; raises if the
+            corpus cannot be used.
 
     Raises:
         DataError: bad input, no usable document, or a cache directory that cannot be written.
+        PreparationError: a tokenising process died.
     """
-    identity = _identity(spec, encoder)
-    folder = cache_dir / _digest(identity)
-    if folder.is_dir():
+    build = _Build(spec, encoder, cache_dir, check, voice)
+    cache = build.open()
+    if cache is None:
+        cache = build.make()
+    return cache
+
+
+class _Build:
+    """One call of `open_or_build`."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        encoder: CorpusEncoder,
+        cache_dir: Path,
+        check: Callable[[TokenStream], None],
+        voice: Voice,
+    ) -> None:
+        self._spec, self._encoder, self._check, self._voice = spec, encoder, check, voice
+        self._recipe = Recipe(
+            encoder.fingerprint,
+            encoder.largest_id,
+            spec.text_column,
+            spec.bos_id,
+            spec.eos_id,
+            spec.separator,
+            spec.token_dtype,
+        )
+        identities = [_identity(file, spec.verify) for file in spec.files]
+        self._tasks = list(plan_tasks(spec.files, identities, spec.shard_bytes))
+        content = [FORMAT_VERSION, asdict(self._recipe), identities]
+        self._key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        self._root = cache_dir
+        self._manifest = cache_dir / "corpora" / f"{self._key}.json"
+        self._shards = cache_dir / "shards"
+        self._workshop = cache_dir / "building" / self._key
+
+    def open(self) -> TokenCache | None:
+        """The cache if it is complete; None if it has to be built. Needs no right to write."""
+        if not self._manifest.exists():
+            return None
         try:
-            cache = _open(folder, reused=True)
-        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
-            say(f"Token cache {folder} is damaged ({error}): building it again.")
-            shutil.rmtree(folder)
-        else:
-            check(cache.offsets)
-            return cache
-    say(f"Tokenizing {len(spec.files)} file{'s' if len(spec.files) > 1 else ''} into {folder}")
-    _build(spec, encoder, folder, identity, check)
-    return _open(folder, reused=False)
+            manifest = json.loads(self._manifest.read_bytes())
+            cache = _read(self._manifest, manifest, [file.path for file in self._spec.files])
+            first_bad = manifest["first_bad"]
+            if self._spec.verify == "content":
+                for shard in cache.stream.shards:
+                    ShardMeta.read(shard.folder).verify(shard.folder)
+        except _DAMAGE as error:
+            self._voice.say(f"Token cache {self._manifest} is damaged ({error}): building again what is missing.")
+            return None
+        if first_bad is not None and self._spec.on_bad_line == "error":
+            raise DataError(f"{first_bad['place']}: {first_bad['what']}", first_bad["fix"])
+        self._require_documents(cache.counts, cache.stream)
+        self._check(cache.stream)
+        with contextlib.suppress(OSError):  # a cache that we may only read keeps its time
+            os.utime(self._manifest)
+        return cache
+
+    def make(self) -> TokenCache:
+        """Build the cache, or wait for who builds it."""
+        made = [path for path in (self._root, *self._root.parents) if not path.exists()]
+        try:
+            for folder in (self._manifest.parent, self._shards):
+                folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                # Another process may have built it while this one waited.
+                return (self._manifest.exists() and self.open()) or self._build()
+        except OSError as error:
+            raise DataError(
+                f"data.cache_dir: the token cache in {self._root} cannot be written: {error.strerror or error}",
+                "free some space, or set data.cache_dir to a directory that you can write",
+            ) from None
+        finally:
+            for path in (self._manifest.parent, self._shards, *made):
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # goes only if it is empty, that is when nothing was published
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self._manifest.with_suffix(".lock")
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self._voice.say(f"Waiting for another process that builds the token cache {self._manifest}")
+            lock.acquire(poll_interval=_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            # Without the file a process that still waits may build beside a third one; both make the same shards.
+            path.unlink(missing_ok=True)
+            lock.release()
+
+    def _build(self) -> TokenCache:
+        before = {path.name for path in self._shards.iterdir()}
+        shutil.rmtree(self._workshop, ignore_errors=True)  # what a killed build has left
+        self._workshop.mkdir(parents=True)
+        if self._spec.verify == "content":
+            self._remove_altered(before)
+        start = time.monotonic()
+        try:
+            built = self._run_tasks()
+            manifest = self._describe(built)
+            cache = _read(self._manifest, manifest, [file.path for file in self._spec.files], reused=False)
+            try:
+                self._require_documents(cache.counts, cache.stream)
+                self._check(cache.stream)
+            except InputError:
+                # A corpus that is too small to use leaves nothing behind.
+                for name in {name for task in built for name, _ in task} - before:
+                    shutil.rmtree(self._shards / name)
+                raise
+            write_json(self._manifest, manifest)
+        finally:
+            shutil.rmtree(self._workshop, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._workshop.parent.rmdir()
+        documents, tokens = cache.stream.documents, cache.stream.tokens
+        self._voice.say(f"Tokenized {documents:,} documents, {tokens:,} tokens in {time.monotonic() - start:.1f}s")
+        return cache
+
+    def _run_tasks(self) -> list[BuiltTask]:
+        place = Workplace(self._recipe, self._spec.on_bad_line, self._shards, self._workshop)
+        files = f"{len(self._spec.files)} file{'s' if len(self._spec.files) > 1 else ''}"
+        processes, serialized = self._processes()
+        shared = f" with {processes} processes" if processes > 1 else ""
+        self._voice.say(f"Tokenizing {files} into {self._root}{shared}")
+        with self._voice.progress(sum(task.size for task in self._tasks)) as report:
+            if processes == 1 or serialized is None:
+                return [build_task(task, place, self._encoder, report) for task in self._tasks]
+            from eulerforge.data.workers import build_in_processes
+
+            return build_in_processes(self._tasks, place, serialized, processes, report)
+
+    def _processes(self) -> tuple[int, str | None]:
+        """How many processes tokenise, and what they make their encoder from."""
+        wanted = self._spec.processes
+        if wanted is None:
+            wanted = 1 if sum(file.size for file in self._spec.files) < _SMALL else available_cores()
+        wanted = min(wanted, len(self._tasks))
+        serialized = self._encoder.serialized if wanted > 1 else None
+        if wanted > 1 and serialized is None:
+            self._voice.say("This tokenizer cannot be copied to other processes: tokenizing in one process")
+            wanted = 1
+        return wanted, serialized
+
+    def _remove_altered(self, names: set[str]) -> None:
+        """Under `data.verify: content` a shard must be what was written, not only as long."""
+        for task in self._tasks:
+            number = 0
+            while (name := task.shard_id(self._recipe, number)) in names:
+                try:
+                    meta = ShardMeta.read(self._shards / name)
+                    meta.verify(self._shards / name)
+                except _DAMAGE:
+                    shutil.rmtree(self._shards / name)
+                    break
+                number += 1
+
+    def _describe(self, built: Sequence[BuiltTask]) -> dict[str, Any]:
+        """The manifest."""
+        shards: list[dict[str, Any]] = []
+        digest = ContentDigest()
+        first_bad: dict[str, str] | None = None
+        for task, chain in zip(self._tasks, built, strict=True):
+            # Ranges of a file count their lines from where they begin.
+            before = shards[-1] if shards and task.start else None
+            first_line = before["first_line"] + before["lines"] if before else 0
+            for name, meta in chain:
+                shards.append(_shard_values(name, meta, task, first_line))
+                digest.join(meta.content)
+                if meta.first_bad is not None and first_bad is None:
+                    path = task.files[meta.first_bad.file].path
+                    line = line_of_byte(path, task.start) + meta.first_bad.line
+                    first_bad = {"place": f"{path}:{line}", "what": meta.first_bad.what, "fix": meta.first_bad.fix}
+        return {
+            "format": FORMAT_VERSION,
+            "name": self._spec.name,
+            "files": [str(file.path) for file in self._spec.files],
+            "recipe": asdict(self._recipe),
+            "digest": digest.hex(),
+            "counts": asdict(total_counts(built)),
+            "first_bad": first_bad,
+            "shards": shards,
+        }
+
+    def _require_documents(self, counts: DocumentCounts, stream: TokenStream) -> None:
+        if stream.documents:
+            return
+        skipped = ", ".join(f"{number} {kind}" for kind, number in counts.skipped.items())
+        details = "; ".join(filter(None, [f"{counts.empty} empty texts" if counts.empty else "", skipped]))
+        names = ", ".join(str(file.path) for file in self._spec.files[:3])
+        raise DataError(
+            f"{self._spec.key}: no usable document in {names}" + (f" ({details})" if details else ""),
+            f"give lines with non-empty text under {self._spec.text_column!r} (data.text_column)",
+        )
 
 
-def _identity(spec: CacheSpec, encoder: DocumentEncoder) -> dict[str, Any]:
-    files = []
-    for path in spec.files:
-        status = path.stat()
-        files.append([str(path), status.st_size, status.st_mtime_ns])
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _identity(file: SourceFile, verify: Literal["mtime", "content"]) -> str:
+    """What a file is known by."""
+    table = index_of(file.path) if file.holds_tokens else None
+    if verify == "content":
+        hashes = [_hash(path) for path in (file.path, table) if path is not None]
+        return json.dumps([file.format, file.size, *hashes])
+    parts: list[Any] = [str(file.path), file.size, file.mtime_ns]
+    if table is not None:
+        status = table.stat()
+        parts += [status.st_size, status.st_mtime_ns]
+    return json.dumps(parts)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _shard_values(name: str, meta: ShardMeta, task: Task, first_line: int) -> dict[str, Any]:
     return {
-        "format": FORMAT_VERSION,
-        "tokenizer": encoder.fingerprint,
-        "files": files,
-        "text_column": spec.text_column,
-        "on_bad_line": spec.on_bad_line,
-        "bos_id": spec.bos_id,
-        "eos_id": spec.eos_id,
+        "id": name,
+        "tokens": meta.tokens,
+        "documents": meta.documents,
+        "trainable": meta.trainable,
+        "dtype": meta.dtype,
+        "first_file": task.first_file,
+        "first_line": first_line,
+        "lines": meta.lines,
+        "external": meta.external,
     }
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+_DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError)
+"""What reading a cache raises that is not as it was written."""
 
 
-def _open(folder: Path, reused: bool) -> TokenCache:
-    meta = json.loads((folder / "meta.json").read_bytes())
-    counts = DocumentCounts(**meta["counts"])
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-    dtype = np.dtype(meta["dtype"])
-    size = (folder / "tokens.bin").stat().st_size
-    if size != meta["tokens"] * dtype.itemsize or int(offsets[-1]) != meta["tokens"]:
-        raise ValueError(f"{size} bytes of tokens, expected {meta['tokens'] * dtype.itemsize}")
-    tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
-    return TokenCache(folder, tokens, offsets, counts, meta["digest"], reused)
+def open_manifest(path: Path, files: Sequence[Path]) -> TokenCache | None:
+    """The cache of a manifest, None if it is not there or not whole.
 
-
-def _build(
-    spec: CacheSpec,
-    encoder: DocumentEncoder,
-    folder: Path,
-    identity: dict[str, Any],
-    check: Callable[[npt.NDArray[np.int64]], None],
-) -> None:
-    made = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
+    Args:
+        files: of the corpus.
+    """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    except OSError as error:
-        raise DataError(
-            f"data.cache_dir: {folder.parent} cannot be written: {error.strerror}",
-            "set data.cache_dir to a directory that you can write",
-        ) from None
-    try:
-        counts = DocumentCounts()
-        dtype = np.dtype("<u2" if encoder.largest_id < 2**16 else "<u4")
-        documents = iter_documents(spec.files, spec.text_column, spec.on_bad_line, counts)
-        content = hashlib.sha256()
-        with (temporary / "tokens.bin").open("wb") as sink:
-            offsets = array("q", [0])
-            for ids in _encoded(documents, spec, encoder, dtype):
-                sink.write(data := ids.tobytes())
-                content.update(data)
-                offsets.append(offsets[-1] + len(ids))
-        _require_documents(spec, counts)
-        boundaries = np.array(offsets, dtype=np.int64)
-        check(boundaries)
-        np.save(temporary / "offsets.npy", boundaries)
-        content.update(boundaries.tobytes())
-        meta = {
-            "dtype": dtype.str,
-            "tokens": int(boundaries[-1]),
-            "digest": content.hexdigest(),
-            "counts": asdict(counts),
-            "identity": identity,
-        }
-        write_json(temporary / "meta.json", meta)
-        sync_tree(temporary)
-        _publish(temporary, folder)
-    except OSError as error:
-        raise DataError(
-            f"the token cache in {folder.parent} cannot be written: {error.strerror}",
-            "free some space or set data.cache_dir to another disk",
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()  # goes only if it is empty, that is when nothing was published
+        return _read(path, json.loads(path.read_bytes()), files)
+    except _DAMAGE:
+        return None
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    """Rename into place. Another run may have published the same content first: then theirs is used."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not (folder / "meta.json").is_file():
-            raise
+def _read(path: Path, manifest: dict[str, Any], files: Sequence[Path], reused: bool = True) -> TokenCache:
+    """The cache that a manifest describes, if its files are as long as they should be.
+
+    Raises:
+        one of `_DAMAGE`: they are not.
+    """
+    shards = [_open_shard(values, path.parents[1] / "shards", files) for values in manifest["shards"]]
+    counts = DocumentCounts(**manifest["counts"])
+    return TokenCache(path, TokenStream(shards), counts, manifest["digest"], reused)
 
 
-def _require_documents(spec: CacheSpec, counts: DocumentCounts) -> None:
-    if counts.documents:
-        return
-    skipped = ", ".join(f"{number} {kind}" for kind, number in counts.skipped.items())
-    details = "; ".join(filter(None, [f"{counts.empty} empty texts" if counts.empty else "", skipped]))
-    names = ", ".join(str(path) for path in spec.files[:3])
-    raise DataError(
-        f"{spec.key}: no usable document in {names}" + (f" ({details})" if details else ""),
-        f"give lines with non-empty text under {spec.text_column!r} (data.text_column)",
+def _open_shard(values: dict[str, Any], shards: Path, files: Sequence[Path]) -> Shard:
+    folder, header = shards / values["id"], values["external"]
+    tokens_file = folder / "tokens.bin" if header is None else files[values["first_file"]]
+    shard = Shard(
+        folder,
+        tokens_file,
+        header or 0,
+        values["dtype"],
+        values["tokens"],
+        values["documents"],
+        values["trainable"],
+        values["first_file"],
+        values["first_line"],
     )
-
-
-def _encoded(
-    documents: Iterable[str], spec: CacheSpec, encoder: DocumentEncoder, dtype: np.dtype[Any]
-) -> Iterator[npt.NDArray[Any]]:
-    """Ids of each document with its BOS/EOS, in order."""
-    before = [] if spec.bos_id is None else [spec.bos_id]
-    after = [] if spec.eos_id is None else [spec.eos_id]
-    for group in _groups(documents):
-        for ids in encoder.encode(group):
-            yield np.array([*before, *ids, *after], dtype=dtype)
-
-
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Bounded groups of documents: large enough to keep the tokenizer's threads busy, small in memory."""
-    group: list[str] = []
-    characters = 0
-    for text in documents:
-        group.append(text)
-        characters += len(text)
-        if len(group) >= _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
+    expected = {
+        tokens_file: shard.header + shard.tokens * np.dtype(shard.dtype).itemsize,
+        folder / "ends.bin": shard.documents * 8,
+        folder / "lines.bin": shard.documents * 8,
+        folder / "shard.json": None,
+    }
+    for path, size in expected.items():
+        found = path.stat().st_size
+        if found != size if size is not None else not found:
+            raise ValueError(f"{path} has {found} bytes, expected {size}")
+    return shard

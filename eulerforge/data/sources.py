@@ -1,221 +1,239 @@
-"""Files on disk -> raw documents, one text at a time.
+"""`data.path` of a preset -> the files it means, each with its format and compression.
 
-A source file is JSONL: one JSON object per line, UTF-8, plain or gzip (told by magic bytes, not by name). Records end
-at the byte `\\n` only, so U+2028 inside a string is text; one BOM at the start of a file, CRLF and blank lines are
-fine. A text is taken as it is, except that a lone surrogate, which JSON allows and UTF-8 does not, becomes U+FFFD.
+    path               a file, a directory (recursive, hidden files left out), or a glob
+    [path, path]       one corpus, in that order
+    [{path, weight}]   a mixture: each source has its share of the tokens of every step
+
+Compression is told by a file's first bytes, never by its name. The format is told by the first bytes where those say
+it (Parquet, NumPy), else by the name without a compression suffix: `.txt` is one document, `.npy` and `.bin` are
+token ids, anything else is JSON lines.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Literal
 
 from eulerforge.config.paths import expand_path
+from eulerforge.config.schema import MixtureSource
 from eulerforge.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-"""Names that count when `data.path` is a directory."""
+Format = Literal["jsonl", "text", "parquet", "npy", "bin"]
+Compression = Literal["none", "gzip", "zstd"]
 
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-_BOM = b"\xef\xbb\xbf"
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_SHOWN_KEYS = 12
+_COMPRESSED = (".gz", ".zst", ".zstd")
+_RECORDS = (".jsonl", ".ndjson", ".json")
+_KINDS = {
+    **dict.fromkeys((*_RECORDS, ".parquet"), "records"),
+    ".txt": "text",
+    ".npy": "token",
+    ".bin": "token",
+}
+"""What counts in a directory, by suffix."""
+
+_GZIP, _ZSTD, _PARQUET, _NUMPY = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"\x93NUM"
+_PACKAGES = {"zstd": "zstandard", "parquet": "pyarrow"}
 
 
-@dataclass
-class DocumentCounts:
-    """What was met while reading.
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus.
 
     Attributes:
-        documents: texts handed out.
-        empty: empty texts, dropped.
-        repaired: texts in which lone surrogates were replaced.
-        skipped: bad lines by kind (only under `on_bad_line: skip`).
+        size: bytes on disk.
+        mtime_ns: when it was last modified.
     """
 
-    documents: int = 0
-    empty: int = 0
-    repaired: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+    path: Path
+    format: Format
+    compression: Compression
+    size: int
+    mtime_ns: int
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether it holds token ids, not text."""
+        return self.format in ("npy", "bin")
 
 
-class _BadLine(Exception):
-    """A line that is not a usable record. `kind` is what counters call it."""
+@dataclass(frozen=True)
+class CorpusPart:
+    """One source of a mixture, or the whole corpus.
 
-    def __init__(self, kind: str, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.kind, self.fix = kind, fix
+    Attributes:
+        name: as the preset has it.
+        weight: its part of the tokens, relative to the other weights; 1 for a corpus that is no mixture.
+    """
+
+    name: str
+    weight: Fraction
+    files: tuple[SourceFile, ...]
 
 
-def resolve_files(path: str, key: str = "data.path") -> tuple[Path, ...]:
-    """The files that a path of the preset means, absolute and in a fixed order.
+@dataclass(frozen=True)
+class CorpusFiles:
+    """Where the text of a run comes from, as far as it is known without reading it.
+
+    Attributes:
+        parts: one, or the sources of a mixture.
+        validation: held-out text of its own, empty if there is none.
+        cache_dir: where token caches lie.
+        tokenizer: directory or hub name to load.
+    """
+
+    parts: tuple[CorpusPart, ...]
+    validation: tuple[CorpusPart, ...]
+    cache_dir: Path
+    tokenizer: str
+
+
+def resolve_corpus(
+    value: str | Sequence[str] | Sequence[MixtureSource], key: str = "data.path"
+) -> tuple[CorpusPart, ...]:
+    """The parts that a preset's value means; more than one for a mixture only.
 
     Args:
-        path: a file, a directory (searched recursively for `SUFFIXES`) or a glob.
         key: what the preset calls it, for messages.
 
     Raises:
-        DataError: nothing there, an empty file, or a format that cannot be read.
+        DataError: as `resolve_files`, or a file named twice.
+    """
+    if isinstance(value, str):
+        return (CorpusPart(value, Fraction(1), resolve_files(value, key)),)
+    parts = []
+    texts: list[SourceFile] = []
+    for source in value:
+        if isinstance(source, MixtureSource):
+            files = resolve_files(source.path, key)
+            # Through text, so that 0.7 is seven tenths and not the binary fraction next to it.
+            parts.append(CorpusPart(source.path, Fraction(str(source.weight)), files))
+        else:
+            texts += resolve_files(source, key)
+    if parts:
+        return tuple(parts)
+    _require_once(texts, key)
+    return (CorpusPart(", ".join(map(str, value)), Fraction(1), tuple(texts)),)
+
+
+def _require_once(files: Sequence[SourceFile], key: str) -> None:
+    seen: set[Path] = set()
+    for file in files:
+        if file.path in seen:
+            raise DataError(
+                f"{key}: {file.path} is named twice",
+                "name it once; to see a source more often, give it a weight: [{path: ..., weight: ...}]",
+            )
+        seen.add(file.path)
+
+
+def resolve_files(path: str, key: str = "data.path") -> tuple[SourceFile, ...]:
+    """The files that one path of the preset means, absolute and in a fixed order.
+
+    Args:
+        path: a file, a directory or a glob.
+        key: what the preset calls it, for messages.
+
+    Raises:
+        DataError: nothing there, an empty file, a format that cannot be read, or a directory of several kinds.
     """
     given = expand_path(path, key, DataError)
     if given.is_dir():
-        # Formats that cannot be read yet are listed too, so that they are refused and not left out without a word.
-        names = (*SUFFIXES, ".zst", ".parquet")
-        files = sorted(file for file in given.rglob("*") if file.is_file() and file.name.lower().endswith(names))
-        if not files:
-            raise DataError(
-                f"{key}: the directory {given} holds no {', '.join(SUFFIXES[:3])} file (plain or .gz)",
-                f"point {key} at a JSONL file or a directory that holds some",
-            )
+        files = _files_of_directory(given, key)
     elif given.exists() or not glob.has_magic(path):
         files = [given]
     else:
         files = sorted(Path(name) for name in glob.glob(str(given), recursive=True))  # noqa: PTH207
-        files = [file for file in files if file.is_file()]
+        # A pipe is kept, so that it is refused; the token files' own index is no source.
+        files = [file for file in files if not file.is_dir() and not _is_index_of_tokens(file)]
         if not files:
             raise DataError(f"{key}: the glob {path} matches no file", "correct the pattern or the directory")
-    for file in files:
-        _check_readable(file, key)
-    return tuple(file.absolute() for file in files)
+    found = tuple(_look_at(file.absolute(), key) for file in files)
+    if all(file.size == 0 for file in found):
+        raise DataError(f"{key}: {found[0].path} is empty", "give a file with at least one JSON line")
+    return found
 
 
-def _check_readable(path: Path, key: str) -> None:
+def _files_of_directory(folder: Path, key: str) -> list[Path]:
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        kind = _KINDS.get(_name_suffix(file))
+        if kind is not None and not hidden and file.is_file():
+            found.setdefault(kind, []).append(file)
+    if not found:
+        raise DataError(
+            f"{key}: the directory {folder} holds no {', '.join(_RECORDS)} (plain, .gz or .zst), .parquet, .txt, "
+            ".npy or .bin file",
+            f"point {key} at a file, or at a directory that holds some",
+        )
+    if len(found) > 1:
+        # Which of them are the corpus is not ours to guess: a README.txt is none, notes in .txt may be one.
+        counts = ", ".join(f"{len(files)} {kind} ({files[0].name})" for kind, files in sorted(found.items()))
+        example = _name_suffix(max(found.values(), key=len)[0])
+        raise DataError(
+            f"{key}: the directory {folder} holds files of several kinds: {counts}",
+            f"say which are meant with a glob, for example {folder}/**/*{example}*",
+        )
+    return next(iter(found.values()))
+
+
+def _name_suffix(path: Path) -> str:
+    """The suffix below compression suffixes, in lower case: `.jsonl` of `a.jsonl.gz`."""
+    name = path.name.lower()
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
+    dot = name.rfind(".")
+    return name[dot:] if dot >= 0 else ""
+
+
+def _is_index_of_tokens(path: Path) -> bool:
+    return path.name.endswith(".csv.gz") and path.with_name(path.name.removesuffix(".csv.gz") + ".npy").exists()
+
+
+def _look_at(path: Path, key: str) -> SourceFile:
     if path.exists() and not path.is_file():
         # A pipe can be read once only, and opening one may wait for ever.
         raise DataError(f"{key}: {path} is not a regular file (a pipe or device)", "give a JSONL file on disk")
     try:
         with path.open("rb") as handle:
             head = handle.read(4)
+            status = path.stat()
     except FileNotFoundError:
         raise DataError(f"{key}: {path} does not exist", f"set {key} to an existing JSONL file") from None
     except OSError as error:
         raise DataError(f"{key}: {path} cannot be read: {error.strerror}", "check the file's permissions") from None
-    if not head:
-        raise DataError(f"{key}: {path} is empty", "give a file with at least one JSON line")
-    for magic, name in ((_ZSTD, "zstd"), (_PARQUET, "Parquet")):
-        if head.startswith(magic):
+    compression, format_ = _compression(head), _format(path, head)
+    for feature in (compression, format_):
+        package = _PACKAGES.get(feature)
+        if package is not None and find_spec(package) is None:
             raise DataError(
-                f"{key}: {path} is a {name} file, which this version cannot read",
-                "convert it to JSONL (plain or gzip)",
+                f"{key}: {path} is a {feature} file, and the package {package} is not installed",
+                f"pip install {package} (or eulerforge[data])",
             )
+    if compression != "none" and format_ in ("npy", "bin"):
+        raise DataError(f"{key}: {path} holds compressed token ids, which cannot be read in place", "unpack it")
+    return SourceFile(path, format_, compression, status.st_size, status.st_mtime_ns)
 
 
-def iter_documents(
-    files: Sequence[Path], text_column: str, on_bad_line: Literal["error", "skip"], counts: DocumentCounts
-) -> Iterator[str]:
-    """Yield every non-empty text, file by file, line by line.
-
-    Args:
-        files: as given by `resolve_files`.
-        text_column: key of the text; a literal key wins over the nested reading of `a.b`.
-        on_bad_line: stop at a bad line, or count it in `counts.skipped`.
-        counts: filled while iterating.
-
-    Raises:
-        DataError: a bad line under `error` (with file and line), or a damaged gzip file (always).
-    """
-    for path in files:
-        for number, line in _iter_lines(path):
-            try:
-                text = _text_of(line, text_column)
-            except _BadLine as bad:
-                if on_bad_line == "error":
-                    raise DataError(f"{path}:{number}: {bad}", bad.fix) from None
-                counts.skipped[bad.kind] = counts.skipped.get(bad.kind, 0) + 1
-                continue
-            if not text:
-                counts.empty += 1
-                continue
-            repaired = _LONE_SURROGATE.sub("\ufffd", text)
-            counts.repaired += repaired != text
-            counts.documents += 1
-            yield repaired
+def _compression(head: bytes) -> Compression:
+    if head[:2] == _GZIP:
+        return "gzip"
+    # Files of several frames may begin with one to be skipped (0x184D2A5?), which holds a table.
+    skippable = head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F
+    return "zstd" if head == _ZSTD or skippable else "none"
 
 
-def _iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, content) of every line that is not blank."""
-    try:
-        with _open(path) as handle:
-            for number, raw in enumerate(handle, 1):
-                line = raw.removeprefix(_BOM) if number == 1 else raw
-                if line.strip():
-                    yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"data.path: {path} is a damaged or cut-off gzip file: {error}", "copy or download the file again"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"data.path: {path} cannot be read: {error.strerror}", "check the disk and the file"
-        ) from None
-
-
-def _open(path: Path) -> IO[bytes]:
-    handle = path.open("rb")
-    if handle.peek(2)[:2] == _GZIP:
-        handle.close()
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return handle
-
-
-def _text_of(line: bytes, text_column: str) -> str:
-    try:
-        # Numbers are never looked at; as floats they cannot hit Python's limit on the digits of an integer.
-        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_int=float)
-    except UnicodeDecodeError as error:
-        raise _BadLine(
-            "invalid UTF-8", f"invalid UTF-8 at byte {error.start} of the line", "save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise _BadLine(
-            "malformed JSON",
-            f"malformed JSON: {error.msg} at column {error.colno}",
-            "correct the line, or set data.on_bad_line: skip",
-        ) from None
-    except RecursionError:
-        raise _BadLine(
-            "nested too deeply", "JSON is nested too deeply", "remove the line, or set data.on_bad_line: skip"
-        ) from None
-    if not isinstance(record, dict):
-        raise _BadLine(
-            "not an object",
-            f"the line holds {_json_type(record)}, not a JSON object",
-            f'each line must look like {{"{text_column}": "..."}}; or set data.on_bad_line: skip',
-        )
-    text = _column(record, text_column)
-    if not isinstance(text, str):
-        raise _BadLine(
-            "text not a string",
-            f"{text_column!r} holds {_json_type(text)}, not text",
-            "correct the line, set data.text_column, or set data.on_bad_line: skip",
-        )
-    return text
-
-
-def _column(record: dict[str, Any], text_column: str) -> Any:
-    if text_column in record:
-        return record[text_column]
-    value: Any = record
-    for part in text_column.split("."):
-        if not isinstance(value, dict) or part not in value:
-            keys = ", ".join(map(repr, list(record)[:_SHOWN_KEYS])) or "none"
-            more = ", ..." if len(record) > _SHOWN_KEYS else ""
-            raise _BadLine(
-                "no text column",
-                f"no key {text_column!r}; keys found: {keys}{more}",
-                "set data.text_column to the key that holds the text",
-            )
-        value = value[part]
-    return value
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+def _format(path: Path, head: bytes) -> Format:
+    if head == _PARQUET:
+        return "parquet"
+    suffix = _name_suffix(path)
+    if head == _NUMPY or suffix == ".npy":
+        return "npy"
+    if suffix == ".bin":
+        return "bin"
+    return "text" if suffix == ".txt" else "jsonl"

@@ -52,16 +52,22 @@ class Console:
         """Print a warning line."""
         self.say(f"Warning: {text}")
 
-    def start_bar(self, total: int, done: int) -> None:
-        """Show a progress bar of steps, if stderr is a terminal."""
+    def start_bar(self, total: int, done: int, unit: str = "step") -> None:
+        """Show a progress bar, if stderr is a terminal. Bytes (`B`) are shown as MB or GB."""
         if self._enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False)
+            scaled = unit == "B"
+            self._bar = tqdm(total=total, initial=done, unit=unit, unit_scale=scaled, dynamic_ncols=True, leave=False)
 
-    def advance_bar(self, values: Mapping[str, str]) -> None:
-        """One step done; `values` are shown beside the bar."""
+    @property
+    def has_bar(self) -> bool:
+        """Whether a progress bar is on the screen."""
+        return self._bar is not None
+
+    def move_bar(self, amount: int, values: Mapping[str, str]) -> None:
+        """More has been done; `values` are shown beside the bar."""
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
-            self._bar.update(1)
+            self._bar.update(amount)
 
     def close_bar(self) -> None:
         """Take the bar off the screen."""

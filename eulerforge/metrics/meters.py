@@ -24,11 +24,11 @@ class SpeedMeter:
         self._clock = clock
         self._before = before
         self._start = clock()
-        self._marks: deque[tuple[float, int]] = deque([(self._start, 0)], maxlen=_WINDOW + 1)
+        self._marks: deque[tuple[float, int, float]] = deque([(self._start, 0, 0.0)], maxlen=_WINDOW + 1)
 
-    def step_done(self, tokens: int) -> None:
-        """Note one finished step that trained on `tokens` tokens."""
-        self._marks.append((self._clock(), tokens))
+    def step_done(self, tokens: int, waited: float = 0.0) -> None:
+        """Note one finished step that trained on `tokens` tokens and waited for them, in seconds."""
+        self._marks.append((self._clock(), tokens, waited))
 
     @property
     def elapsed(self) -> float:
@@ -43,7 +43,12 @@ class SpeedMeter:
     @property
     def tokens_per_second(self) -> float:
         """Over the window; 0 before the first step."""
-        return sum(tokens for _, tokens in list(self._marks)[1:]) / self._window_seconds
+        return sum(tokens for _, tokens, _ in list(self._marks)[1:]) / self._window_seconds
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the window's time that was spent waiting for data."""
+        return sum(waited for _, _, waited in list(self._marks)[1:]) / self._window_seconds
 
     @property
     def _window_seconds(self) -> float:

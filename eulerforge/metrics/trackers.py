@@ -17,6 +17,9 @@ from eulerforge.files import write_bytes
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import clock_time
 
+_NOTABLE_WAIT = 0.01
+"""Share of time from which on waiting for data is worth a word on the console."""
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -34,6 +37,8 @@ class StepMetrics:
         elapsed: seconds since training began.
         steps_per_second, tokens_per_second: over recent steps.
         seconds_left: estimate for the remaining steps.
+        data_wait: share of the time, over recent steps, that training waited for data.
+        data_hash: hash of the step's token ids, the same on any number of processes.
     """
 
     step: int
@@ -48,6 +53,8 @@ class StepMetrics:
     steps_per_second: float
     tokens_per_second: float
     seconds_left: float
+    data_wait: float
+    data_hash: str
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl. The first four keys and their order are part of the contract."""
@@ -67,6 +74,8 @@ class StepMetrics:
             "epoch": round(self.epoch, 6),
             "tokens_per_sec": round(self.tokens_per_second, 1),
             "steps_per_sec": round(self.steps_per_second, 4),
+            "data_wait": round(self.data_wait, 4),
+            "data_hash": self.data_hash,
         }
 
 
@@ -92,7 +101,7 @@ class ConsoleTracker:
         console.start_bar(max_steps, done)
 
     def step(self, metrics: StepMetrics) -> None:
-        self._console.advance_bar({"loss": f"{metrics.loss:.4f}", "tok/s": f"{metrics.tokens_per_second:,.0f}"})
+        self._console.move_bar(1, {"loss": f"{metrics.loss:.4f}", "tok/s": f"{metrics.tokens_per_second:,.0f}"})
 
     def log(self, metrics: StepMetrics) -> None:
         parts = [
@@ -107,6 +116,8 @@ class ConsoleTracker:
             parts.append(f"aux_loss={metrics.aux_loss:.4f}")
         if metrics.eval_loss is not None:
             parts.append(f"eval_loss={metrics.eval_loss:.4f}")
+        if metrics.data_wait >= _NOTABLE_WAIT:
+            parts.append(f"waiting for data {metrics.data_wait:.0%}")
         parts.append(f"ETA {clock_time(metrics.seconds_left)}")
         self._console.say(" | ".join(parts))
 
@@ -176,6 +187,7 @@ class TensorBoardTracker:
             "train/epoch": metrics.epoch,
             "speed/tokens_per_sec": metrics.tokens_per_second,
             "speed/steps_per_sec": metrics.steps_per_second,
+            "speed/data_wait": metrics.data_wait,
         }
         if metrics.aux_loss is not None:
             scalars["train/aux_loss"] = metrics.aux_loss

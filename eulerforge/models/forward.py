@@ -28,7 +28,7 @@ class CausalForward:
         call: what to call instead of the model itself, for a model wrapped by a parallel strategy.
     """
 
-    def __init__(self, model: Any, call: Any = None) -> None:
+    def __init__(self, model: Any, call: Any = None, document_way: Any = None) -> None:
         self._model = model
         self._call = model if call is None else call
         accepted = inspect.signature(model.forward).parameters
@@ -48,7 +48,7 @@ class CausalForward:
             self._aux_factor = float(coefficient)
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, segments: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from eulerforge.errors import ModelError, TokenizerError, reason_of
 from eulerforge.models.directory import TOKENIZER_FILES, ModelDirectory
+from eulerforge.models.fast_encoder import FastEncoder
 
 
 class Tokenizer:
@@ -28,6 +29,7 @@ class Tokenizer:
         self.backend = backend
         self.name = name
         self.largest_id: int = max([len(backend) - 1, *backend.get_vocab().values()])
+        self._fast = self._find_fast()
 
     @property
     def vocab_size(self) -> int:
@@ -68,8 +70,20 @@ class Tokenizer:
             )
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def serialized(self) -> str | None:
+        """Content of a tokenizer.json from which another process can make it; None where Python code takes part."""
+        return None if self._fast is None else self.backend.backend_tokenizer.to_str()
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as plain text: no special token is added or recognised."""
+        return self._encode_by_backend(texts) if self._fast is None else self._fast.encode(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens shown."""
+        return self.backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _encode_by_backend(self, texts: Sequence[str]) -> list[list[int]]:
         return self.backend(
             list(texts),
             add_special_tokens=False,
@@ -80,6 +94,31 @@ class Tokenizer:
             padding=False,
             verbose=False,
         )["input_ids"]
+
+    def _find_fast(self) -> FastEncoder | None:
+        """A copy of the tokenizer's Rust core, if it alone decides the ids.
+
+        The backend may do more in Python (custom code, parts that cannot be copied), so both are asked.
+        """
+        core = getattr(self.backend, "backend_tokenizer", None)
+        if core is None:
+            return None
+        try:
+            fast = FastEncoder(core.to_str())
+        except Exception:  # the library's bare Exception, for parts written in Python
+            return None
+        sample = [*_SAMPLE, *(f"a{token} {token}b" for token in self.backend.all_special_tokens)]
+        return fast if fast.encode(sample) == self._encode_by_backend(sample) else None
+
+
+_SAMPLE = (
+    " two  spaces\n\n\tand a line end \r\n",
+    "Don't stop 1234567 times; naïve café, ＡＢＣ ½ \u0301e",
+    "日本語 и русский \U0001f600\u200d\U0001f680 \ufffd\x00\x85\u2028",
+    "",
+    "a",
+)
+"""Texts on which tokenizers differ."""
 
 
 def load_tokenizer(name: str, trust_remote_code: bool, add_bos: bool, add_eos: bool) -> Tokenizer:

@@ -68,7 +68,7 @@ class Evaluator:
         for number in range(len(self.batches)):
             batch = self.batches[number].to(device)
             with self.precision():
-                logits, _ = self.forward(batch.input_ids, batch.attention_mask)
+                logits, _ = self.forward(batch.input_ids, batch.attention_mask, batch.segments)
             own = float(next_token_loss(logits, batch.labels))
             loss, count, stop = self.context.sum([own, batch.targets, float(self.stop_requested())])
             total, targets = total + loss, targets + count

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from eulerforge.config.schema import PretrainPreset
@@ -32,7 +33,7 @@ _NOT_THE_MODEL = {
 }
 """Keys of config.json that do not change what is computed."""
 
-_FIXED_SETTINGS = ("training.seed", "data.max_length", "data.packing")
+_FIXED_SETTINGS = ("training.seed", "data.max_length", "data.packing", "data.shuffle", "data.document_mask")
 _SHAPING_SETTINGS = (
     "training.lr",
     "training.scheduler",
@@ -84,14 +85,25 @@ def fixed_by_input(
     }
 
 
-def fixed_by_data(cache: TokenCache, held_out: int) -> dict[str, Any]:
+def fixed_by_data(
+    caches: Sequence[TokenCache], weights: Sequence[Fraction], held_out: Sequence[int]
+) -> dict[str, Any]:
     """What must not change about the corpus: its tokens, wherever its files lie now, and those not trained on.
 
     Args:
-        held_out: documents of the cache that are kept for validation.
+        caches: of each source of a mixture, one for any other corpus.
+        weights: of the sources.
+        held_out: documents of each source that are kept for validation.
     """
-    content = f"{len(cache.tokens):,} tokens in {cache.documents:,} documents, content {cache.digest[:16]}"
-    return {"data": content, "held-out documents of the data": held_out}
+    contents = [
+        f"{cache.stream.tokens:,} tokens in {cache.stream.documents:,} documents, content {cache.digest[:16]}"
+        for cache in caches
+    ]
+    if len(contents) > 1:
+        total = sum(weights)
+        shares = [f"{weight / total} of {content}" for weight, content in zip(weights, contents, strict=True)]
+        contents = ["; ".join(shares)]
+    return {"data": contents[0], "held-out documents of the data": ", ".join(map(str, held_out))}
 
 
 def require_unchanged(progress: Progress, current: Mapping[str, Any], checkpoint: str) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from eulerforge.data.rows import MicroBatch
+from eulerforge.data.loader import BatchLoader
 from eulerforge.errors import TrainingError
 from eulerforge.metrics.meters import SpeedMeter
 from eulerforge.metrics.trackers import StepMetrics, Tracker
@@ -30,7 +30,7 @@ class LoopParts:
     """
 
     step: StepParts
-    batches: Callable[[int], Sequence[MicroBatch]]
+    batches: BatchLoader
     learning_rate: Callable[[int], float]
     tracker: Tracker
     evaluate: Callable[[], Evaluation] | None
@@ -55,14 +55,14 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
     """
     meter = SpeedMeter(before=state.elapsed)
     for step in range(state.step + 1, parts.max_steps + 1):
-        lr = parts.learning_rate(step)
+        lr, waited = parts.learning_rate(step), parts.batches.waited
         set_learning_rate(parts.step.optimizer, lr)
         try:
             result = train_step(step, parts.step, parts.batches(step - 1))
         except TrainingError:  # on all ranks alike: what they have begun to save, they can finish
             parts.wait()
             raise
-        meter.step_done(result.tokens)
+        meter.step_done(result.tokens, parts.batches.waited - waited)
         state.advance(result.tokens, meter.elapsed)
         if step == 1:
             parts.on_first_step(result.loss)
@@ -83,6 +83,8 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
             steps_per_second=meter.steps_per_second,
             tokens_per_second=meter.tokens_per_second,
             seconds_left=meter.seconds_left(parts.max_steps - step),
+            data_wait=meter.data_wait,
+            data_hash=result.data_hash,
         )
         parts.tracker.step(metrics)
         if last or evaluation.loss is not None or step % parts.log_steps == 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from eulerforge.data.rows import MicroBatch
+from eulerforge.data.rows import MicroBatch, step_hash
 from eulerforge.distributed.context import ProcessContext
 from eulerforge.distributed.gradients import fill_missing_gradients
 from eulerforge.errors import TrainingError
@@ -28,6 +28,7 @@ class StepResult:
         grad_norm: L2 norm over all parameters, before clipping.
         aux_loss: mean over micro-batches and ranks, None without one.
         tokens: tokens of the step over all ranks, padding not counted.
+        data_hash: of the token ids of all ranks (`data.rows.step_hash`).
         stop: whether any process was asked to stop.
         save_failed: whether a checkpoint being written in the background could not be written on any process.
     """
@@ -36,6 +37,7 @@ class StepResult:
     grad_norm: float
     aux_loss: float | None
     tokens: int
+    data_hash: str
     stop: bool
     save_failed: bool
 
@@ -89,7 +91,7 @@ def accumulate_gradients(parts: StepParts, batches: Sequence[MicroBatch], target
     for number, batch in enumerate(batches, 1):
         with parts.synchronise(number == len(batches)):
             with parts.precision():
-                logits, aux = parts.forward(batch.input_ids, batch.attention_mask)
+                logits, aux = parts.forward(batch.input_ids, batch.attention_mask, batch.segments)
             loss = next_token_loss(logits, batch.labels) / targets
             objective = loss * parts.context.world_size
             losses.append(loss.detach())
@@ -110,7 +112,14 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
             step before.
     """
     context = parts.context
-    targets, tokens = context.sum([sum(batch.targets for batch in batches), sum(batch.tokens for batch in batches)])
+    targets, tokens, *hash_sums = context.sum(
+        [
+            sum(batch.targets for batch in batches),
+            sum(batch.tokens for batch in batches),
+            sum(batch.hash_sums[0] for batch in batches),
+            sum(batch.hash_sums[1] for batch in batches),
+        ]
+    )
     own_loss, own_aux = accumulate_gradients(parts, batches, round(targets))
     parameters = parts.parameters
     fill_missing_gradients(parameters)
@@ -123,6 +132,7 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
         grad_norm=grad_norm.item(),
         aux_loss=None if own_aux is None else aux / context.world_size,
         tokens=round(tokens),
+        data_hash=step_hash(*hash_sums),
         stop=stop > 0,
         save_failed=save_failed > 0,
     )

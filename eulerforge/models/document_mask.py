@@ -1,0 +1,5 @@
+"""stub"""
+
+from typing import Literal
+
+Way = Literal["mask", "positions"]
