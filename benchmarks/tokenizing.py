@@ -1,14 +1,16 @@
 """Tokenising throughput and memory of `eulerforge prepare`, and what a warm cache costs at the start.
 
 The corpus is this Python's documentation, its paragraphs drawn again and again into documents of random length; the
-tokenizer is a byte-level BPE trained on it. Throughput is compared, in turns and on the same texts, with the tokenizers
-library's own `encode_batch_fast` on texts that are in memory already, and with a loop that encodes text by text.
+tokenizer is a byte-level BPE trained on it. Throughput is compared, in turns and on the same texts, with the
+tokenizers library's own `encode_batch_fast` on texts that are in memory already, and with a loop that encodes text by
+text.
 
     python -m benchmarks.tokenizing [MB of text for throughput] [MB of text for memory]
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -49,8 +51,8 @@ def main(throughput_mb: int = 100, memory_mb: int = 1000) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         preset = {
-            "data": {"max_length": 512},
-            "training": {"max_steps": 300, "log_steps": 50, "dtype": "float32", "amp": False, "batch_size": 4},
+            "data": {"max_length": 256},
+            "training": {"max_steps": 1000, "log_steps": 1, "dtype": "float32", "amp": False, "batch_size": 8},
         }
         write_inputs(folder, MODEL, VOCABULARY, preset)
         write_large(folder / "corpus.jsonl", folder / "large.jsonl", throughput_mb)
@@ -111,33 +113,28 @@ def _prepare(folder: Path) -> tuple[float, dict[str, float]]:
     return int(tokens.replace(",", "")) / float(seconds), peaks
 
 
-class _watching:  # noqa: N801
-    """Notes the peak resident memory of a process and its children, in MiB."""
+@contextlib.contextmanager
+def _watching(pid: int) -> Iterator[dict[str, float]]:
+    """Yields the peak resident memory, in MiB, of a process and its workers, filled while the block runs."""
+    peaks: dict[str, float] = {}
+    over = threading.Event()
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._over = threading.Event()
-        self.peaks: dict[str, float] = {}
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> dict[str, float]:
-        self._thread.start()
-        return self.peaks
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.05):
-            try:
-                parent = psutil.Process(self._pid)
+    def watch() -> None:
+        while not over.wait(0.05):
+            with contextlib.suppress(psutil.Error):
+                parent = psutil.Process(pid)
                 for process in (parent, *parent.children(recursive=True)):
-                    name = "parent" if process.pid == self._pid else f"worker {process.pid}"
+                    name = "parent" if process.pid == pid else f"worker {process.pid}"
                     if name == "parent" or "spawn_main" in " ".join(process.cmdline()):
-                        self.peaks[name] = max(self.peaks.get(name, 0.0), process.memory_info().rss / 2**20)
-            except psutil.Error:
-                continue
+                        peaks[name] = max(peaks.get(name, 0.0), process.memory_info().rss / 2**20)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        over.set()
+        thread.join()
 
 
 def _measure_memory(folder: Path, megabytes: int) -> None:
@@ -147,13 +144,32 @@ def _measure_memory(folder: Path, megabytes: int) -> None:
     for name, peak in peaks.items():
         imports = base[name.split()[0]]
         print(f"  {name.split()[0]:<8} {peak - imports:>6,.0f} MiB (imports {imports:,.0f} MiB)")
-    first, second, sizes = _train(folder)
-    print(f"Warm cache: {second:.2f} s from the loaded model to the first step, cold start of python excluded")
-    print(f"Resident memory while training on it: {sizes[0]:,.0f} MiB after 50 steps, {sizes[-1]:,.0f} MiB after 300")
+    seconds, sizes = _train(folder)
+    print(f"Warm cache: {seconds:.2f} s from the loaded model to the end of the first step")
+    print("Resident memory while training on it:", end=" ")
+    print(", ".join(f"{size:,.0f} MiB after {step} steps" for step, size in sizes.items()))
 
 
-def _train(folder: Path) -> tuple[float, float, list[float]]:
-    raise NotImplementedError
+def _train(folder: Path) -> tuple[float, dict[int, float]]:
+    """Train on the cache that `_prepare` made last: seconds from the loaded model to the first step's end, and the
+    resident memory in MiB by step."""
+    command = [sys.executable, "-m", "eulerforge", "pretrain", "--preset", str(folder / "large.yml")]
+    output = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    process = subprocess.Popen(
+        [*command, "--output-dir", str(output)], stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    loaded = first = 0.0
+    sizes: dict[int, float] = {}
+    for line in process.stdout:
+        if "Model loaded" in line:
+            loaded = time.monotonic()
+        if step := re.search(r"step=(\d+)/", line):
+            first = first or time.monotonic()
+            if int(step[1]) % 100 == 0:
+                sizes[int(step[1])] = psutil.Process(process.pid).memory_info().rss / 2**20
+    assert process.wait() == 0
+    return first - loaded, sizes
 
 
 def _imports(modules: str) -> float:

@@ -30,7 +30,7 @@ from eulerforge.config.schema import json_schema
 from eulerforge.errors import EulerForgeError, PeerFailedError, StoppedError, TrainingError, UsageError
 from eulerforge.files import shown_path
 from eulerforge.metrics.console import Console
-from eulerforge.preflight import Preflight, inspect
+from eulerforge.preflight import Preflight, corpus_name, inspect
 from eulerforge.train.signals import STOP_SIGNALS, StopWatch
 from launch import torchrun
 from launch.devices import LaunchError, visible_gpus
@@ -294,7 +294,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 def _announce(flight: Preflight, console: Console) -> None:
     console.say("Config validation passed.")
     console.say(f"model_dir: {flight.directory.path}")
-    console.say(f"data.path: {flight.preset.data.path}")
+    console.say(f"data.path: {corpus_name(flight.preset)}")
     console.say(f"training.max_steps: {flight.preset.training.max_steps}")
     for hint in flight.hints:
         console.say(hint.line())

@@ -51,6 +51,16 @@ class Preflight:
     run_plan: RunPlan
 
 
+def corpus_name(preset: PretrainPreset) -> str:
+    """`data.path` for people."""
+    path = preset.data.path
+    if isinstance(path, str):
+        return path
+    return ", ".join(
+        f"{entry.path} (weight {entry.weight:g})" if isinstance(entry, MixtureSource) else entry for entry in path
+    )
+
+
 def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool = True) -> Preflight:
     """Check a preset against what it names.
 

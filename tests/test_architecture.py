@@ -19,15 +19,17 @@ LAYERS = (
     {"distributed", "optim", "data", "metrics"},
     {"train"},
     {"preflight"},
-    {"loading"},
+    {"corpus"},
+    {"loading", "inspection"},
     {"assembly"},
     {"worker", "quickstart"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )
 """From the bottom up, as ARCHITECTURE.md draws them."""
 
-HEAVY = {"torch", "transformers", "tokenizers", "numpy", "safetensors", "tensorboard"}
+HEAVY = {"torch", "transformers", "tokenizers", "numpy", "safetensors", "tensorboard", "pyarrow", "zstandard"}
 LIGHT_MODULES = (
     "cli",
     "preflight",
@@ -38,6 +40,7 @@ LIGHT_MODULES = (
     "models.blocks",
     "precision.plan",
     "data.sources",
+    "data.readers",
     "data.order",
     "train.run_directory",
     "train.resume",

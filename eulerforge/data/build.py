@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from eulerforge.data import token_files
 from eulerforge.data.readers import BadRecord, DocumentCounts, Record, RecordReader, count_record, line_of_byte
@@ -45,6 +46,9 @@ class DocumentEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
+
+    def encode_long(self, text: str) -> npt.NDArray[np.uint32]:
+        """Ids of one text of any length, in bounded memory."""
 
 
 @dataclass(frozen=True)
@@ -331,10 +335,13 @@ def _fill(source: _TaskSource, place: Workplace, encoder: DocumentEncoder, write
                 raise record.text.error(source.place(file, record.number))
             meta.first_bad = meta.first_bad or BadLine(file, record.number, record.text.what, record.text.fix)
         text = count_record(record, counts)
-        if group.is_full or file != group.file:
+        is_long = text is not None and len(text) > _GROUP_CHARACTERS
+        if group.is_full or is_long or file != group.file:
             _write(group, place.recipe, encoder, writer, source)
             group = _Group(file, [], [])
-        if text is not None:
+        if text is not None and is_long:
+            _write_long(text, record.number, file, place.recipe, encoder, writer, source)
+        elif text is not None:
             group.add(text, record.number)
     _write(group, place.recipe, encoder, writer, source)
     meta.next = source.cursor
@@ -356,6 +363,22 @@ def _write(group: _Group, recipe: Recipe, encoder: DocumentEncoder, writer: Shar
         lengths.append(len(ids) - start)
     writer.add(np.array(ids, dtype=recipe.dtype), lengths, group.lines, group.file)
     source.report(len(lengths), len(ids))
+
+
+def _write_long(
+    text: str,
+    line: int,
+    file: int,
+    recipe: Recipe,
+    encoder: DocumentEncoder,
+    writer: ShardWriter,
+    source: _TaskSource,
+) -> None:
+    edges = [[] if token is None else [token] for token in (recipe.bos_id, recipe.eos_id)]
+    before, after = (np.array(edge, dtype=np.uint32) for edge in edges)
+    ids = np.concatenate([before, encoder.encode_long(text), after]).astype(recipe.dtype)
+    writer.add(ids, [len(ids)], [line], file)
+    source.report(1, len(ids))
 
 
 def total_counts(built: Sequence[BuiltTask]) -> DocumentCounts:

@@ -180,6 +180,7 @@ class _Build:
         self._manifest = cache_dir / "corpora" / f"{self._key}.json"
         self._shards = cache_dir / "shards"
         self._workshop = cache_dir / "building" / self._key
+        self._damaged = False
 
     def open(self) -> TokenCache | None:
         """The cache if it is complete; None if it has to be built. Needs no right to write."""
@@ -194,6 +195,7 @@ class _Build:
                     ShardMeta.read(shard.folder).verify(shard.folder)
         except _DAMAGE as error:
             self._voice.say(f"Token cache {self._manifest} is damaged ({error}): building again what is missing.")
+            self._damaged = True
             return None
         if first_bad is not None and self._spec.on_bad_line == "error":
             raise DataError(f"{first_bad['place']}: {first_bad['what']}", first_bad["fix"])
@@ -209,9 +211,10 @@ class _Build:
         try:
             for folder in (self._manifest.parent, self._shards):
                 folder.mkdir(parents=True, exist_ok=True)
-            with self._locked():
-                # Another process may have built it while this one waited.
-                return (self._manifest.exists() and self.open()) or self._build()
+            with self._locked() as waited:
+                # Another process may have built it meanwhile.
+                built = self.open() if waited or not self._damaged else None
+                return built or self._build()
         except OSError as error:
             raise DataError(
                 f"data.cache_dir: the token cache in {self._root} cannot be written: {error.strerror or error}",
@@ -223,16 +226,24 @@ class _Build:
                     path.rmdir()  # goes only if it is empty, that is when nothing was published
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[bool]:
+        """Hold the corpus's lock; whether another process had it."""
         path = self._manifest.with_suffix(".lock")
         lock = FileLock(path)
+        waits = False
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            waits = True
             self._voice.say(f"Waiting for another process that builds the token cache {self._manifest}")
             lock.acquire(poll_interval=_POLL_SECONDS)
+        except NotImplementedError:
+            raise DataError(
+                f"data.cache_dir: the file system of {self._root} has no file locks",
+                "set data.cache_dir to another file system",
+            ) from None
         try:
-            yield
+            yield waits
         finally:
             # Without the file a process that still waits may build beside a third one; both make the same shards.
             path.unlink(missing_ok=True)

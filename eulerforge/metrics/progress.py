@@ -41,7 +41,7 @@ class TokenizingProgress:
 
     def _rates(self) -> dict[str, str]:
         seconds = max(self._clock() - self._start, 1e-9)
-        return {"docs/s": f"{self._documents / seconds:,.0f}", "tok/s": f"{self._tokens / seconds:,.0f}"}
+        return {"documents/s": f"{self._documents / seconds:,.0f}", "tokens/s": f"{self._tokens / seconds:,.0f}"}
 
     def _line(self) -> str:
         seconds = max(self._clock() - self._start, 1e-9)

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from eulerforge.errors import ModelError, TokenizerError, reason_of
 from eulerforge.models.directory import TOKENIZER_FILES, ModelDirectory
 from eulerforge.models.fast_encoder import FastEncoder
@@ -78,6 +81,12 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as plain text: no special token is added or recognised."""
         return self._encode_by_backend(texts) if self._fast is None else self._fast.encode(texts)
+
+    def encode_long(self, text: str) -> npt.NDArray[np.uint32]:
+        """Ids of one long text, with bounded memory where the tokenizer allows it."""
+        if self._fast is not None:
+            return self._fast.encode_long(text)
+        return np.array(self._encode_by_backend([text])[0], dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens shown."""
