@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ import transformers
 import eulerforge
 from eulerforge.data.loader import BatchLoader
 from eulerforge.data.rows import HeldOutBatches, StepBatches, StepPlan
-from eulerforge.loading import Setup
+from eulerforge.loading import Setup, precision_context
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import counted
 from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker
@@ -61,7 +59,7 @@ def loop_parts(
             context=context,
             forward=CausalForward(setup.model, setup.parallel.call, setup.document_way),
             optimizer=optimizer,
-            precision=_precision_context(setup),
+            precision=precision_context(setup.flight, context),
             synchronise=setup.parallel.synchronise,
             max_grad_norm=training.max_grad_norm,
             stop_requested=stop_requested,
@@ -98,7 +96,7 @@ def _make_evaluator(setup: Setup, stop_requested: Callable[[], bool]) -> Evaluat
         context=context,
         model=setup.model,
         forward=CausalForward(setup.model, document_way=setup.document_way),
-        precision=_precision_context(setup),
+        precision=precision_context(setup.flight, context),
         settle=setup.parallel.settle,
         batches=HeldOutBatches(
             setup.corpus.validation_rows,
@@ -170,13 +168,6 @@ def _restore(setup: Setup, checkpointer: Checkpointer) -> None:
         f"{point.checkpoint.name} was written by {counted(point.progress.world_size)}, this run has "
         f"{context.world_size}: random numbers (dropout) begin anew"
     )
-
-
-def _precision_context(setup: Setup) -> Callable[[], AbstractContextManager[Any]]:
-    plan = setup.flight.precision
-    if not plan.autocast:
-        return contextlib.nullcontext
-    return partial(torch.autocast, setup.context.device.type, dtype=getattr(torch, plan.compute))
 
 
 def _judge_first_loss(loss: float, vocabulary: int, console: Console) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 
 from eulerforge.config.schema import PretrainPreset
@@ -162,7 +163,7 @@ def _held_out_documents(preset: PretrainPreset, cache: TokenCache) -> int:
     validation = preset.data.validation
     if validation is None or validation.fraction is None:
         return 0
-    return math.ceil(validation.fraction * cache.stream.documents)
+    return math.ceil(Fraction(str(validation.fraction)) * cache.stream.documents)
 
 
 def _rows_of(preset: PretrainPreset, span: Span) -> PackedRows | DocumentRows:

@@ -107,7 +107,11 @@ class OpenedRun:
         return ShownRow(place, inside, self.parts[source].name, len(ids), tuple(documents))
 
     def _location(self, source: int, stream: TokenStream, document: int) -> str:
-        file, line = stream.location(document)
+        try:
+            file, line = stream.location(document)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            advice = "remove it with `eulerforge cache rm` and make it again with `eulerforge prepare`"
+            raise DataError(f"the token cache of this run is damaged: {error}", advice) from None
         path = self.files[source][file]
         index = index_of(path)
         if index is None or not index.is_file():

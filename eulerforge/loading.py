@@ -5,7 +5,10 @@ checkpoint (--resume) -> tokenizer -> model -> token cache -> rows -> room on th
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,9 @@ from eulerforge.files import shown_path, tree_bytes
 from eulerforge.metrics.console import Console
 from eulerforge.metrics.meters import binary_size
 from eulerforge.metrics.progress import tokenizing
+from eulerforge.models.build import embedding_rows
 from eulerforge.models.document_mask import Way
+from eulerforge.models.document_probe import ProbedModel, find_way
 from eulerforge.models.tokenizer import Tokenizer, adopt_special_ids, load_tokenizer
 from eulerforge.preflight import Preflight
 from eulerforge.train.checkpoint import checkpoint_bytes
@@ -144,6 +149,7 @@ def set_up(
     if len(corpus.caches) > 1:
         say_mixture(corpus, flight.corpus.parts, rows_per_step * preset.training.max_steps, console.say)
     model.train()
+    way = _document_way(flight, model, parallel, context)
     setup = Setup(
         flight=flight,
         launch=launch,
@@ -154,7 +160,7 @@ def set_up(
         parallel=parallel,
         buffers=BufferWatch(model),
         corpus=corpus,
-        document_way=None,
+        document_way=way,
         fixed=fixed | fixed_data,
         accumulation=accumulation,
         console=console,
@@ -166,6 +172,23 @@ def set_up(
     if not context.meet_unless("set up", lambda: watch.received is not None):
         raise watch.stopped_early()
     return setup
+
+
+def precision_context(flight: Preflight, context: ProcessContext) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context of a forward pass: autocast, or nothing."""
+    plan = flight.precision
+    if not plan.autocast:
+        return contextlib.nullcontext
+    return partial(torch.autocast, context.device.type, dtype=getattr(torch, plan.compute))
+
+
+def _document_way(flight: Preflight, model: Any, parallel: ParallelModel, context: ProcessContext) -> Way | None:
+    """How the model keeps documents apart, if it has to; proven by a probe."""
+    if not flight.preset.data.document_mask:
+        return None
+    context.meet("probe")  # forward passes of sharded models are collectives
+    precision = precision_context(flight, context)
+    return find_way(ProbedModel(model, embedding_rows(model), precision, parallel.settle, context.device))
 
 
 def _resume_point(flight: Preflight, context: ProcessContext, console: Console) -> ResumePoint | None:

@@ -24,7 +24,7 @@ from eulerforge.data.readers import BadRecord, DocumentCounts, Record, RecordRea
 from eulerforge.data.shards import BadLine, Cursor, ShardMeta, ShardWriter, new_shard
 from eulerforge.data.sources import SourceFile
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHARD_BYTES = 8 * 2**20
 """Bytes of text in a shard of a small file: about 2 M tokens, some seconds of work."""
 
@@ -159,12 +159,14 @@ class Workplace:
     Attributes:
         shards: the folder of finished shards.
         workshop: the folder of shards that are being written, on the same file system.
+        verify: a finished shard must be what was written, not only as long.
     """
 
     recipe: Recipe
     on_bad_line: Literal["error", "skip"]
     shards: Path
     workshop: Path
+    verify: bool = False
 
 
 class Report(Protocol):
@@ -189,7 +191,7 @@ def build_task(task: Task, place: Workplace, encoder: DocumentEncoder, report: R
     cursor: Cursor | None = Cursor(0, 0)
     while cursor is not None:
         name = task.shard_id(place.recipe, len(built))
-        meta = _finished(place.shards / name)
+        meta = _finished(place.shards / name, place.verify)
         if meta is None:
             with new_shard(place.shards / name, place.workshop, *_storage(task, place.recipe)) as writer:
                 if task.files[0].holds_tokens:
@@ -207,12 +209,15 @@ def build_task(task: Task, place: Workplace, encoder: DocumentEncoder, report: R
     return built
 
 
-def _finished(folder: Path) -> ShardMeta | None:
+def _finished(folder: Path, verify: bool) -> ShardMeta | None:
     """A shard that is there and whole. A damaged one is removed: only its absence lets another take its place."""
     if not folder.is_dir():
         return None
     try:
-        return ShardMeta.read(folder)
+        meta = ShardMeta.read(folder)
+        if verify:
+            meta.verify(folder)
+        return meta
     except (OSError, EOFError, ValueError, LookupError, TypeError):
         shutil.rmtree(folder)
         return None

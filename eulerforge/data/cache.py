@@ -210,7 +210,7 @@ class _Build:
         made = [path for path in (self._root, *self._root.parents) if not path.exists()]
         try:
             for folder in (self._manifest.parent, self._shards):
-                folder.mkdir(parents=True, exist_ok=True)
+                _make_folder(folder)
             with self._locked() as waited:
                 # Another process may have built it meanwhile.
                 built = self.open() if waited or not self._damaged else None
@@ -221,7 +221,7 @@ class _Build:
                 "free some space, or set data.cache_dir to a directory that you can write",
             ) from None
         finally:
-            for path in (self._manifest.parent, self._shards, *made):
+            for path in (self._manifest.parent, *made):
                 with contextlib.suppress(OSError):
                     path.rmdir()  # goes only if it is empty, that is when nothing was published
 
@@ -236,7 +236,11 @@ class _Build:
         except Timeout:
             waits = True
             self._voice.say(f"Waiting for another process that builds the token cache {self._manifest}")
-            lock.acquire(poll_interval=_POLL_SECONDS)
+            while not lock.is_locked:
+                # Who builds removes the folder if nothing was published.
+                _make_folder(path.parent)
+                with contextlib.suppress(FileNotFoundError):
+                    lock.acquire(poll_interval=_POLL_SECONDS)
         except NotImplementedError:
             raise DataError(
                 f"data.cache_dir: the file system of {self._root} has no file locks",
@@ -245,16 +249,17 @@ class _Build:
         try:
             yield waits
         finally:
+            with contextlib.suppress(OSError):
+                self._shards.rmdir()
             # Without the file a process that still waits may build beside a third one; both make the same shards.
             path.unlink(missing_ok=True)
             lock.release()
 
     def _build(self) -> TokenCache:
+        _make_folder(self._shards)
         before = {path.name for path in self._shards.iterdir()}
         shutil.rmtree(self._workshop, ignore_errors=True)  # what a killed build has left
         self._workshop.mkdir(parents=True)
-        if self._spec.verify == "content":
-            self._remove_altered(before)
         start = time.monotonic()
         try:
             built = self._run_tasks()
@@ -268,6 +273,7 @@ class _Build:
                 for name in {name for task in built for name, _ in task} - before:
                     shutil.rmtree(self._shards / name)
                 raise
+            _make_folder(self._manifest.parent)
             write_json(self._manifest, manifest)
         finally:
             shutil.rmtree(self._workshop, ignore_errors=True)
@@ -278,7 +284,8 @@ class _Build:
         return cache
 
     def _run_tasks(self) -> list[BuiltTask]:
-        place = Workplace(self._recipe, self._spec.on_bad_line, self._shards, self._workshop)
+        spec = self._spec
+        place = Workplace(self._recipe, spec.on_bad_line, self._shards, self._workshop, spec.verify == "content")
         files = f"{len(self._spec.files)} file{'s' if len(self._spec.files) > 1 else ''}"
         processes, serialized = self._processes()
         shared = f" with {processes} processes" if processes > 1 else ""
@@ -301,19 +308,6 @@ class _Build:
             self._voice.say("This tokenizer cannot be copied to other processes: tokenizing in one process")
             wanted = 1
         return wanted, serialized
-
-    def _remove_altered(self, names: set[str]) -> None:
-        """Under `data.verify: content` a shard must be what was written, not only as long."""
-        for task in self._tasks:
-            number = 0
-            while (name := task.shard_id(self._recipe, number)) in names:
-                try:
-                    meta = ShardMeta.read(self._shards / name)
-                    meta.verify(self._shards / name)
-                except _DAMAGE:
-                    shutil.rmtree(self._shards / name)
-                    break
-                number += 1
 
     def _describe(self, built: Sequence[BuiltTask]) -> dict[str, Any]:
         """The manifest."""
@@ -352,6 +346,15 @@ class _Build:
             f"{self._spec.key}: no usable document in {names}" + (f" ({details})" if details else ""),
             f"give lines with non-empty text under {self._spec.text_column!r} (data.text_column)",
         )
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder that a process whose build has failed may be removing at the same time."""
+    for _ in range(100):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            path.mkdir(parents=True, exist_ok=True)
+            return
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def available_cores() -> int:

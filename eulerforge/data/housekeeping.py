@@ -84,7 +84,10 @@ def remove(root: Path, key: str) -> int:
     Raises:
         DataError: a process is building it.
     """
-    with _idle(root, key):
+    with contextlib.ExitStack() as stack:
+        locks = {key, *(lock.stem for lock in (root / "corpora").glob("*.lock"))}
+        for name in sorted(locks):
+            stack.enter_context(_idle(root, name))
         known = entries(root)
         own = next(entry.shards for entry in known if entry.key == key)
         others = {name for entry in known if entry.key != key for name in entry.shards}
@@ -124,5 +127,5 @@ def _idle(root: Path, key: str) -> Iterator[None]:
 
 def _remove_tree(path: Path) -> int:
     size = tree_bytes(path)
-    shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)
     return size

@@ -110,6 +110,7 @@ class RecordReader:
         self._skip = skip
         self._raw: IO[bytes] | None = None
         self._share = 0.0
+        self._read = 0
         self.lines = 0
         """Lines or rows met so far, blank and skipped ones too."""
 
@@ -137,7 +138,7 @@ class RecordReader:
         """Bytes of the file on disk (or of the range) that have been read."""
         if self._raw is not None and not self._raw.closed:
             return self._raw.tell() - self._start
-        return int(self._share * self._file.size)
+        return self._read or int(self._share * self._file.size)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
@@ -152,6 +153,7 @@ class RecordReader:
                 else:
                     yield raw
             finally:
+                self._read = raw.tell() - self._start
                 self._raw = None
 
     def _lines(self) -> Iterator[Record]:

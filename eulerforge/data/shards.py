@@ -93,7 +93,7 @@ class ShardMeta:
         dtype: of its ids, as NumPy writes it.
         trainable: documents of at least two tokens.
         digest: value of `ContentDigest`, hexadecimal.
-        sha256: of tokens.bin, empty for an external file.
+        sha256: over the hashes of its own files.
         files: documents of each file, in order: [number of the file in the task, documents].
         lines: lines of the last file read so far.
         next: where the next shard of the task begins, None for the last one.
@@ -135,20 +135,27 @@ class ShardMeta:
         return meta
 
     def verify(self, folder: Path) -> None:
-        """Read the tokens and compare them with their hash.
+        """Read the shard's files and compare them with their hash.
 
         Raises:
             ValueError: they are not what was written.
         """
-        if self.external is None:
-            with (folder / "tokens.bin").open("rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != self.sha256:
-                    raise ValueError("tokens.bin is not as it was written")
+        hashes = []
+        for name in _files(self.external):
+            with (folder / name).open("rb") as handle:
+                hashes.append(hashlib.file_digest(handle, "sha256").digest())
+        if hashlib.sha256(b"".join(hashes)).hexdigest() != self.sha256:
+            raise ValueError(f"{folder} is not as it was written")
 
     @property
     def content(self) -> ContentDigest:
         """The digest of its documents."""
         return ContentDigest(self.documents, int(self.digest, 16))
+
+
+def _files(external: int | None) -> tuple[str, ...]:
+    """The files of a shard beside its meta."""
+    return ("tokens.bin", "ends.bin", "lines.bin") if external is None else ("ends.bin", "lines.bin")
 
 
 class ShardWriter:
@@ -163,11 +170,11 @@ class ShardWriter:
         self._folder = folder
         self._dtype = dtype
         self._content = ContentDigest()
-        self._hash = hashlib.sha256()
         self._open: dict[str, IO[bytes]] = {}
-        names = ("tokens.bin", "ends.bin", "lines.bin") if external is None else ("ends.bin", "lines.bin")
-        for name in names:
+        self._hashes: dict[str, Any] = {}
+        for name in _files(external):
             self._open[name] = (folder / name).open("wb")
+            self._hashes[name] = hashlib.sha256()
         self.meta = ShardMeta(dtype.str, external=external)
 
     def add(self, ids: Ids, lengths: Sequence[int], lines: Sequence[int], file: int) -> None:
@@ -186,17 +193,19 @@ class ShardWriter:
             self._content.add(ids[start:end])
             start = end
         if meta.external is None:
-            data = ids.astype(self._dtype, copy=False).tobytes()
-            self._open["tokens.bin"].write(data)
-            self._hash.update(data)
-        self._open["ends.bin"].write((ends + meta.tokens).tobytes())
-        self._open["lines.bin"].write(np.array(lines, dtype="<i8").tobytes())
+            self._write("tokens.bin", ids.astype(self._dtype, copy=False).tobytes())
+        self._write("ends.bin", (ends + meta.tokens).tobytes())
+        self._write("lines.bin", np.array(lines, dtype="<i8").tobytes())
         meta.tokens += len(ids)
         meta.documents += len(lengths)
         meta.trainable += sum(length >= 2 for length in lengths)
         if not meta.files or meta.files[-1][0] != file:
             meta.files.append([file, 0])
         meta.files[-1][1] += len(lengths)
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._open[name].write(data)
+        self._hashes[name].update(data)
 
     def close(self) -> None:
         """Close the files, whatever has become of the shard."""
@@ -207,7 +216,7 @@ class ShardWriter:
         """Write the meta; all is on disk then."""
         self.close()
         self.meta.digest = f"{self._content.value:x}"
-        self.meta.sha256 = self._hash.hexdigest() if self.meta.external is None else ""
+        self.meta.sha256 = hashlib.sha256(b"".join(value.digest() for value in self._hashes.values())).hexdigest()
         write_json(self._folder / "shard.json", asdict(self.meta))
         sync_tree(self._folder)
         return self.meta

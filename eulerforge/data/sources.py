@@ -123,12 +123,13 @@ def resolve_corpus(
 def _require_once(files: Sequence[SourceFile], key: str) -> None:
     seen: set[Path] = set()
     for file in files:
-        if file.path in seen:
+        real = file.path.resolve()
+        if real in seen:
             raise DataError(
                 f"{key}: {file.path} is named twice",
                 "name it once; to see a source more often, give it a weight: [{path: ..., weight: ...}]",
             )
-        seen.add(file.path)
+        seen.add(real)
 
 
 def resolve_files(path: str, key: str = "data.path") -> tuple[SourceFile, ...]:
@@ -147,7 +148,7 @@ def resolve_files(path: str, key: str = "data.path") -> tuple[SourceFile, ...]:
     elif given.exists() or not glob.has_magic(path):
         files = [given]
     else:
-        files = sorted(Path(name) for name in glob.glob(str(given), recursive=True))  # noqa: PTH207
+        files = sorted({Path(name).absolute() for name in glob.glob(_pattern(path), recursive=True)})  # noqa: PTH207
         # A pipe is kept, so that it is refused; the token files' own index is no source.
         files = [file for file in files if not file.is_dir() and not _is_index_of_tokens(file)]
         if not files:
@@ -158,12 +159,20 @@ def resolve_files(path: str, key: str = "data.path") -> tuple[SourceFile, ...]:
     return found
 
 
+def _pattern(path: str) -> str:
+    """The glob that was given, with only what the user has written taken for a pattern."""
+    if not path.startswith("~"):
+        return path
+    user, _, rest = path.partition("/")
+    return f"{glob.escape(str(Path(user).expanduser()))}/{rest}"
+
+
 def _files_of_directory(folder: Path, key: str) -> list[Path]:
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         kind = _KINDS.get(_name_suffix(file))
-        if kind is not None and not hidden and file.is_file():
+        if kind is not None and not hidden and not file.is_dir():
             found.setdefault(kind, []).append(file)
     if not found:
         raise DataError(

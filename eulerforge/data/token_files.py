@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,10 +70,11 @@ def describe(file: SourceFile, token_dtype: str | None) -> TokenFile:
                 f"data.path: {file.path} holds raw token ids, and their size is not known",
                 "set data.token_dtype: uint16 or uint32, as they were written",
             )
-        width, rest = divmod(file.size, max(_last_end(index), 1))
+        last = _last_end(index)
+        width, rest = divmod(file.size, last) if last else (2, file.size)
         if rest or width not in (2, 4):
             raise DataError(
-                f"data.path: {index} names {_last_end(index):,} tokens, and {file.path} has {file.size:,} bytes",
+                f"data.path: {index} names {last:,} tokens, and {file.path} has {file.size:,} bytes",
                 "copy both files again; they belong together",
             )
         token_dtype = f"uint{width * 8}"
@@ -185,5 +187,5 @@ def table(index: Path) -> Iterator[list[str]]:
             for row in csv.reader(io.TextIOWrapper(handle, encoding="utf-8", newline="")):
                 int(row[0]), int(row[1])
                 yield row
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error, csv.Error) as error:
         raise DataError(f"data.path: {index} is not a table of documents: {error}", "remove it") from None

@@ -72,13 +72,19 @@ class _Worker:
         """Hand over the next task, if there is one."""
         self.task = next(waiting, -1)
         if self.task >= 0:
-            self.connection.send(tasks[self.task])
+            with self._alive():
+                self.connection.send(tasks[self.task])
         return self.task >= 0
 
     def receive(self) -> tuple[Any, ...]:
-        try:
+        with self._alive():
             return self.connection.recv()
-        except EOFError:
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
             self.process.join()
             raise PreparationError(
                 f"a tokenising process ended without a word (exit code {self.process.exitcode}; -9 is what the "

@@ -6,10 +6,11 @@ which names the blocks of each layer, and a scan of the custom code for `torch.f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from eulerforge.errors import ModelError, Problem
 from eulerforge.models.directory import ModelDirectory
 
 Family = Literal["attention", "mamba", "hyena", "retnet", "moe", "fft"]
@@ -62,5 +63,28 @@ def _from_code(directory: ModelDirectory) -> Iterator[FoundBlock]:
         yield FoundBlock("fft", f"{name} calls torch.fft")
 
 
-def refuse_leaking_blocks(blocks):
-    pass
+_LEAKING: Mapping[Family, str] = {
+    "mamba": "Mamba blocks carry their state",
+    "retnet": "RetNet blocks carry their state",
+    "hyena": "Hyena blocks convolve",
+    "fft": "FFT blocks convolve",
+}
+"""Families for which a row is one sequence, whatever documents it holds."""
+
+
+def refuse_leaking_blocks(blocks: Sequence[FoundBlock]) -> None:
+    """Refuse to keep documents apart in a model whose blocks cannot.
+
+    Raises:
+        ModelError: with each such family and its evidence.
+    """
+    problems = [
+        Problem(
+            f"data.document_mask: {_LEAKING[block.family]} from one document to the next ({block.evidence})",
+            "set data.document_mask: false",
+        )
+        for block in blocks
+        if block.family in _LEAKING
+    ]
+    if problems:
+        raise ModelError.of(problems, see="docs/data.md")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from eulerforge.errors import TrainingError
+from eulerforge.models.document_mask import Way, block_causal_mask, restarted_positions
 
 
 class CausalForward:
@@ -26,12 +27,14 @@ class CausalForward:
     Args:
         model: a causal LM whose output has `logits` (or is a tuple that starts with them).
         call: what to call instead of the model itself, for a model wrapped by a parallel strategy.
+        document_way: how the model is told of documents that must not see each other.
     """
 
-    def __init__(self, model: Any, call: Any = None, document_way: Any = None) -> None:
+    def __init__(self, model: Any, call: Any = None, document_way: Way | None = None) -> None:
         self._model = model
         self._call = model if call is None else call
         accepted = inspect.signature(model.forward).parameters
+        self._document_way = document_way
         self._takes_positions = "position_ids" in accepted
         self._takes_mask = "attention_mask" in accepted
         self._options: dict[str, Any] = {}
@@ -48,13 +51,18 @@ class CausalForward:
             self._aux_factor = float(coefficient)
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, segments: Any = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segments: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model.
 
         Args:
             input_ids: (rows, length), int64.
             attention_mask: (rows, length) of 1 and 0, or None.
+            segments: (rows, length), the number of each token's document in its row; None if documents may see each
+                other. Not together with `attention_mask`.
 
         Returns:
             logits (rows, length, vocabulary) and the scaled auxiliary loss (a scalar), None if the model has none.
@@ -63,7 +71,9 @@ class CausalForward:
             TrainingError: the output has no logits of that shape.
         """
         options = dict(self._options)
-        if self._takes_positions:
+        if segments is not None:
+            options |= self._kept_apart(segments)
+        elif self._takes_positions:
             length = input_ids.shape[1]
             options["position_ids"] = torch.arange(length, device=input_ids.device).expand_as(input_ids)
         if self._takes_mask and attention_mask is not None:
@@ -78,6 +88,28 @@ class CausalForward:
                 see="docs/models.md",
             )
         return logits, self._auxiliary_loss(output)
+
+    def _kept_apart(self, segments: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What tells the model of documents.
+
+        Raises:
+            TypeError: its forward does not take that.
+        """
+        needed = "position_ids" if self._document_way == "positions" else "attention_mask"
+        if not (self._takes_positions if needed == "position_ids" else self._takes_mask):
+            raise TypeError(f"forward takes no {needed}")
+        options = {}
+        if self._takes_positions:
+            options["position_ids"] = restarted_positions(segments)
+        if self._document_way == "mask":
+            options["attention_mask"] = block_causal_mask(segments, self._mask_dtype(segments.device))
+        return options
+
+    def _mask_dtype(self, device: torch.device) -> torch.dtype:
+        """That of attention scores, which sdpa asks of an additive mask."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return next(parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point())
 
     def _auxiliary_loss(self, output: Any) -> torch.Tensor | None:
         reported = getattr(output, "moe_aux", None)

@@ -1,251 +1,198 @@
-"""Files -> texts: line ends, encodings, compression, bad lines, and which files a path means."""
+"""Which files a path means, in which order, and what kind each of them is."""
 
 from __future__ import annotations
 
 import gzip
-import json
+import io
+import os
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
-from eulerforge.data.sources import DocumentCounts, iter_documents, resolve_files
+from eulerforge.config.fields import to_data_path
+from eulerforge.config.schema import MixtureSource
+from eulerforge.data import sources
+from eulerforge.data.sources import CorpusPart, SourceFile, resolve_corpus, resolve_files
 from eulerforge.errors import DataError
 
-BOM = b"\xef\xbb\xbf"
 LINE = b'{"text": "ok"}\n'
+ZSTD = zstandard.ZstdCompressor().compress(LINE)
 
 
-def _read(
-    *files: Path, column: str = "text", policy: Literal["error", "skip"] = "error"
-) -> tuple[list[str], DocumentCounts]:
-    counts = DocumentCounts()
-    return list(iter_documents(files, column, policy, counts)), counts
-
-
-def _file(tmp_path: Path, content: bytes, name: str = "data.jsonl") -> Path:
+def _file(tmp_path: Path, content: bytes, name: str) -> Path:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
 
 
-def _lines(*texts: str) -> bytes:
-    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+def _paths(value: str) -> tuple[Path, ...]:
+    return tuple(file.path for file in resolve_files(value))
 
 
-@pytest.mark.parametrize("marked", [(True, False), (False, True), (True, True)])
-def test_one_bom_at_the_start_of_any_file_is_dropped(tmp_path: Path, marked: tuple[bool, bool]) -> None:
-    files = [
-        _file(tmp_path, (BOM if bom else b"") + _lines(f"a{index}", f"b{index}"), f"{index}.jsonl")
-        for index, bom in enumerate(marked)
-    ]
-    texts, counts = _read(*files)
-    assert texts == ["a0", "b0", "a1", "b1"]
-    assert counts == DocumentCounts(documents=4)
+def _parquet() -> bytes:
+    target = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["ok"]}), target)
+    return target.getvalue()
 
 
-def test_a_bom_inside_a_gzip_file_is_dropped_and_one_inside_a_text_is_kept(tmp_path: Path) -> None:
-    assert _read(_file(tmp_path, gzip.compress(BOM + _lines("\ufeffa"))))[0] == ["\ufeffa"]
+def _numpy() -> bytes:
+    target = io.BytesIO()
+    np.save(target, np.zeros(3, dtype=np.uint16))
+    return target.getvalue()
 
 
-def test_only_one_bom_is_dropped(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.jsonl:1: malformed JSON"):
-        _read(_file(tmp_path, BOM + BOM + LINE))
+# --- Format and compression -------------------------------------------------------------------------------------
 
-
-def test_a_bom_at_the_start_of_a_later_line_is_not_dropped(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.jsonl:2: malformed JSON"):
-        _read(_file(tmp_path, LINE + BOM + LINE))
-
-
-def test_records_end_at_newline_only(tmp_path: Path) -> None:
-    raw = "a\u2028b\u2029c\u0085d"
-    escaped = r"\u000b\u000c\u001c\u001d\u001e\r\n\u0000\t"
-    content = f'{{"text": "{raw}{escaped}"}}\n'.encode()
-    texts, counts = _read(_file(tmp_path, content))
-    assert texts == [raw + "\x0b\x0c\x1c\x1d\x1e\r\n\0\t"]
-    assert counts == DocumentCounts(documents=1)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        _lines("a", "b", "c"),
-        _lines("a", "b", "c").replace(b"\n", b"\r\n"),
-        b"\n\r\n" + _lines("a", "b").replace(b"\n", b"\n \t\n") + _lines("c") + b"\n\n",
-        _lines("a", "b", "c").removesuffix(b"\n"),
-        BOM + b"\n" + _lines("a", "b", "c"),
-    ],
-    ids=["plain", "crlf", "blank lines", "no last newline", "bom on a blank line"],
-)
-def test_line_ends_and_blank_lines_change_nothing(tmp_path: Path, content: bytes) -> None:
-    assert _read(_file(tmp_path, content)) == (["a", "b", "c"], DocumentCounts(documents=3))
-
-
-def test_blank_lines_count_in_line_numbers(tmp_path: Path) -> None:
-    path = _file(tmp_path, b"\n\n" + LINE + b"\n" + b"oops\n")
-    with pytest.raises(DataError) as caught:
-        _read(path)
-    assert str(caught.value).startswith(f"{path}:5: malformed JSON: ")
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
-def test_gzip_is_told_by_content_not_by_name(tmp_path: Path, name: str) -> None:
-    content = _lines("a", "b")
-    members = gzip.compress(_lines("a")) + gzip.compress(b"") + gzip.compress(_lines("b"))
-    for stored in (content, gzip.compress(content), members, members + b"\0" * 64):
-        assert _read(_file(tmp_path, stored, name))[0] == ["a", "b"]
-
-
-def test_a_line_may_span_two_gzip_members(tmp_path: Path) -> None:
-    content = _lines("a", "b")
-    assert _read(_file(tmp_path, gzip.compress(content[:5]) + gzip.compress(content[5:])))[0] == ["a", "b"]
-
-
-@pytest.mark.parametrize("policy", ["error", "skip"])
-@pytest.mark.parametrize("damage", ["cut", "header only", "crc", "garbage after", "bits flipped"])
-def test_damaged_gzip_is_an_error_under_any_policy(
-    tmp_path: Path, damage: str, policy: Literal["error", "skip"]
-) -> None:
-    whole = gzip.compress(_lines(*(f"document {index}" for index in range(200))), mtime=0)
-    stored = {
-        "cut": whole[:-30],
-        "header only": whole[:5],
-        "crc": whole[:-8] + bytes(4) + whole[-4:],
-        "garbage after": whole + b"garbage",
-        "bits flipped": whole[:20] + bytes(byte ^ 255 for byte in whole[20:60]) + whole[60:],
-    }[damage]
-    path = _file(tmp_path, stored, "cut.jsonl.gz")
-    with pytest.raises(DataError) as caught:
-        _read(path, policy=policy)
-    assert str(caught.value).startswith(f"data.path: {path} is a damaged or cut-off gzip file: ")
-
-
-def test_lone_surrogates_become_replacement_characters_and_pairs_stay(tmp_path: Path) -> None:
-    content = (
-        rb'{"text": "ok\ud800bad"}' + b"\n" + rb'{"text": "\ud83d\ude00"}' + b"\n" + rb'{"text": "\ude00\ud83d"}'
-    )
-    texts, counts = _read(_file(tmp_path, content))
-    assert texts == ["ok\ufffdbad", "\U0001f600", "\ufffd\ufffd"]
-    assert counts == DocumentCounts(documents=3, repaired=2)
-    for text in texts:
-        text.encode("utf-8")
-
-
-def test_texts_are_never_interpreted(tmp_path: Path) -> None:
-    texts = ["null", "NaN", "1", "true", " ", "007", "[]"]
-    assert _read(_file(tmp_path, _lines(*texts))) == (texts, DocumentCounts(documents=7))
-
-
-def test_other_keys_are_never_inspected(tmp_path: Path) -> None:
-    meta = ["null", '{"a": 1}', "[1]", '"x"', "1e999", "NaN", "1" * 5000]
-    content = "".join(f'{{"meta": {value}, "text": "t{index}"}}\n' for index, value in enumerate(meta))
-    assert _read(_file(tmp_path, content.encode()))[0] == [f"t{index}" for index in range(len(meta))]
-
-
-@pytest.mark.parametrize(
-    ("record", "expected"),
-    [
-        ({"text": "WRONG", "body": {"en": "RIGHT"}}, "RIGHT"),
-        ({"body.en": "RIGHT", "body": {"en": "WRONG"}}, "RIGHT"),
-        ({"body": {"en": "RIGHT", "fr": "WRONG"}}, "RIGHT"),
-    ],
-)
-def test_nested_column_and_the_literal_key_that_wins(
-    tmp_path: Path, record: dict[str, object], expected: str
-) -> None:
-    assert _read(_file(tmp_path, json.dumps(record).encode()), column="body.en")[0] == [expected]
-
-
-def test_a_literal_key_wins_even_when_its_value_is_no_text(tmp_path: Path) -> None:
-    """Falling through to the nested key would mix two columns in one corpus."""
-    path = _file(tmp_path, b'{"a.b": null, "a": {"b": "x"}}')
-    with pytest.raises(DataError, match=r"'a\.b' holds null, not text"):
-        _read(path, column="a.b")
-
-
-def test_empty_texts_are_counted_and_dropped(tmp_path: Path) -> None:
-    assert _read(_file(tmp_path, _lines("", "a", "", "b"))) == (["a", "b"], DocumentCounts(documents=2, empty=2))
-
-
-BAD: list[tuple[bytes, str, str]] = [
-    (b'"abc"', "not an object", "the line holds a string, not a JSON object"),
-    (b"[1]", "not an object", "the line holds a list, not a JSON object"),
-    (b"5", "not an object", "the line holds a number, not a JSON object"),
-    (b"null", "not an object", "the line holds null, not a JSON object"),
-    (b"true", "not an object", "the line holds a boolean, not a JSON object"),
-    (b"{}", "no text column", "no key 'text'; keys found: none"),
-    (b'{"content": "x", "id": 1}', "no text column", "no key 'text'; keys found: 'content', 'id'"),
-    (b'{"text": null}', "text not a string", "'text' holds null, not text"),
-    (b'{"text": 1}', "text not a string", "'text' holds a number, not text"),
-    (b'{"text": 1.5}', "text not a string", "'text' holds a number, not text"),
-    (b'{"text": false}', "text not a string", "'text' holds a boolean, not text"),
-    (b'{"text": ["a"]}', "text not a string", "'text' holds a list, not text"),
-    (b'{"text": {}}', "text not a string", "'text' holds an object, not text"),
-    (b'{"text": "a"', "malformed JSON", "malformed JSON: "),
-    (b'{"text": "a"}{"text": "b"}', "malformed JSON", "malformed JSON: "),
-    (b'{"text": "a\x01"}', "malformed JSON", "malformed JSON: "),
-    (b'{"text": "\xff"}', "invalid UTF-8", "invalid UTF-8 at byte 10 of the line"),
-    (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply", "JSON is nested too"),
+KINDS: list[tuple[str, bytes, str, str]] = [
+    # name, content, format, compression
+    ("a.jsonl", LINE, "jsonl", "none"),
+    ("a.json", LINE, "jsonl", "none"),
+    ("a.NDJSON", LINE, "jsonl", "none"),
+    ("a", LINE, "jsonl", "none"),
+    ("a.log", LINE, "jsonl", "none"),
+    ("a.jsonl.gz", gzip.compress(LINE), "jsonl", "gzip"),
+    ("a.jsonl", gzip.compress(LINE), "jsonl", "gzip"),
+    ("a.jsonl.gz", LINE, "jsonl", "none"),
+    ("a.jsonl.zst", ZSTD, "jsonl", "zstd"),
+    ("a.jsonl.gz", ZSTD, "jsonl", "zstd"),
+    ("a.zst", LINE, "jsonl", "none"),
+    ("a.jsonl", b"\x50\x2a\x4d\x18\x00\x00\x00\x00" + ZSTD, "jsonl", "zstd"),
+    ("a.jsonl", b"\x5f\x2a\x4d\x18\x00\x00\x00\x00" + ZSTD, "jsonl", "zstd"),
+    ("a.jsonl", b"\x60\x2a\x4d\x18", "jsonl", "none"),
+    ("a.txt", b"text", "text", "none"),
+    ("a.TXT.gz", gzip.compress(b"text"), "text", "gzip"),
+    ("a.txt.zstd", ZSTD, "text", "zstd"),
+    ("a.txt.gz", b"text", "text", "none"),
+    ("a.parquet", _parquet(), "parquet", "none"),
+    ("a.jsonl", _parquet(), "parquet", "none"),
+    ("a.parquet", LINE, "jsonl", "none"),
+    ("a.npy", bytes(6), "npy", "none"),
+    ("a.npy", _numpy(), "npy", "none"),
+    ("a.jsonl", _numpy(), "npy", "none"),
+    ("a.bin", bytes(6), "bin", "none"),
+    ("a.jsonl", b"5", "jsonl", "none"),
 ]
-KINDS = [f"{kind}: {line[:16].decode('latin-1')}" for line, kind, _ in BAD]
 
 
-@pytest.mark.parametrize(("line", "kind", "message"), BAD, ids=KINDS)
-def test_a_bad_line_stops_with_file_and_line(tmp_path: Path, line: bytes, kind: str, message: str) -> None:
-    first, second = _file(tmp_path, LINE, "a.jsonl"), _file(tmp_path, LINE + line + b"\n" + LINE, "b.jsonl")
+@pytest.mark.parametrize(("name", "content", "form", "compression"), KINDS)
+def test_the_kind_of_a_file(tmp_path: Path, name: str, content: bytes, form: Any, compression: Any) -> None:
+    path = _file(tmp_path, content, name)
+    status = path.stat()
+    (file,) = resolve_files(str(path))
+    assert file == SourceFile(path, form, compression, len(content), status.st_mtime_ns)
+    assert file.holds_tokens == (form in ("npy", "bin"))
+
+
+@pytest.mark.parametrize("name", ["a.npy.gz", "a.bin.gz", "a.npy"])
+def test_compressed_token_ids_are_refused(tmp_path: Path, name: str) -> None:
+    path = _file(tmp_path, gzip.compress(bytes(6)), name)
     with pytest.raises(DataError) as caught:
-        _read(first, second)
-    assert str(caught.value).startswith(f"{second}:2: {message}")
-    assert caught.value.exit_code == 2
-    assert caught.value.problems[0].fix
+        resolve_files(str(path))
+    assert str(caught.value) == f"data.path: {path} holds compressed token ids, which cannot be read in place"
+    assert caught.value.problems[0].fix == "unpack it"
 
 
-def test_skipped_lines_are_counted_by_kind(tmp_path: Path) -> None:
-    content = b"".join(line + b"\n" + LINE for line, _, _ in BAD)
-    texts, counts = _read(_file(tmp_path, content), policy="skip")
-    assert texts == ["ok"] * len(BAD)
-    assert counts == DocumentCounts(documents=len(BAD), skipped=counts.skipped)
-    assert counts.skipped == {
-        "not an object": 5,
-        "no text column": 2,
-        "text not a string": 6,
-        "malformed JSON": 3,
-        "invalid UTF-8": 1,
-        "nested too deeply": 1,
-    }
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "package"),
+    [
+        ("b.jsonl.zst", ZSTD, "zstd", "zstandard"),
+        ("b.jsonl", ZSTD, "zstd", "zstandard"),
+        ("b.parquet", _parquet(), "parquet", "pyarrow"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, kind: str, package: str
+) -> None:
+    """Training on the readable half of a corpus without a word is worse than an error."""
+    _file(tmp_path, LINE, "a.jsonl")
+    path = _file(tmp_path, content, name)
+    installed = {"zstandard", "pyarrow"} - {package}
+    monkeypatch.setattr(sources, "find_spec", lambda name: object() if name in installed else None)
+    for value in (str(path), str(tmp_path), f"{tmp_path}/*"):
+        with pytest.raises(DataError) as caught:
+            resolve_files(value)
+        assert str(caught.value) == (
+            f"data.path: {path} is a {kind} file, and the package {package} is not installed"
+        )
+        assert caught.value.problems[0].fix == f"pip install {package} (or eulerforge[data])"
 
 
-def test_a_cut_off_last_line_follows_the_policy(tmp_path: Path) -> None:
-    path = _file(tmp_path, _lines("a", "b", "c")[:-5])
-    with pytest.raises(DataError, match=r"data\.jsonl:3: malformed JSON"):
-        _read(path)
-    texts, counts = _read(path, policy="skip")
-    assert texts == ["a", "b"]
-    assert counts.skipped == {"malformed JSON": 1}
+def test_packages_are_asked_for_only_where_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    files = _file(tmp_path, LINE, "a.jsonl"), _file(tmp_path, gzip.compress(LINE), "b.jsonl.gz")
+    assert _paths(str(tmp_path)) == files
 
 
-def test_many_keys_are_shown_in_part(tmp_path: Path) -> None:
-    path = _file(tmp_path, json.dumps({f"k{index}": 0 for index in range(20)}).encode())
-    with pytest.raises(DataError) as caught:
-        _read(path)
-    shown = ", ".join(f"'k{index}'" for index in range(12))
-    assert str(caught.value) == f"{path}:1: no key 'text'; keys found: {shown}, ..."
+# --- Directories ------------------------------------------------------------------------------------------------
+
+DIRECTORIES: dict[str, tuple[list[str], list[str]]] = {
+    # the files that are meant, in order; others
+    "json lines": (
+        ["B.JSONL", "a.jsonl", "b.json", "c.ndjson.gz", "d.jsonl.zst", "sub/deep/a.jsonl.gz", "sub/z.ndjson"],
+        ["README.md", "jsonl", "a.jsonl.bak", ".hidden.jsonl", ".git/a.jsonl", "sub/.x/b.jsonl", "sub/.b.jsonl"],
+    ),
+    "json lines and parquet": (["a.jsonl", "b.parquet"], ["LICENSE", "a.csv"]),
+    "text": (["a.txt", "b.TXT.gz", "sub/c.txt"], ["README.md", ".c.txt"]),
+    "tokens": (["a.bin", "b.npy"], ["b.csv.gz", "tokens.json.md"]),
+}
 
 
-def test_there_is_no_limit_on_the_length_of_a_line(tmp_path: Path) -> None:
-    long = "0123456789" * 500_000
-    assert _read(_file(tmp_path, _lines("a", long, "b")))[0] == ["a", long, "b"]
-
-
-def test_a_directory_means_its_jsonl_files_at_any_depth_in_order(tmp_path: Path) -> None:
-    wanted = ["B.JSONL", "a.jsonl", "b.json", "c.ndjson.gz", "sub/deep/a.jsonl.gz", "sub/z.ndjson"]
-    for name in reversed(wanted):
+@pytest.mark.parametrize("case", DIRECTORIES)
+def test_a_directory_means_its_files_of_one_kind_at_any_depth_in_order(tmp_path: Path, case: str) -> None:
+    wanted, others = DIRECTORIES[case]
+    for name in [*reversed(wanted), *others]:
         _file(tmp_path, LINE, name)
-    for name in ("README.md", "notes.txt", "jsonl"):
-        _file(tmp_path, b"x", name)
-    assert resolve_files(str(tmp_path)) == tuple(tmp_path / name for name in wanted)
+    assert _paths(str(tmp_path)) == tuple(tmp_path / name for name in wanted)
+
+
+def test_a_hidden_directory_that_is_named_is_read(tmp_path: Path) -> None:
+    path = _file(tmp_path, LINE, ".cache/sub/a.jsonl")
+    assert _paths(f"{tmp_path}/.cache") == (path,)
+
+
+@pytest.mark.parametrize(
+    ("names", "counts", "example"),
+    [
+        (["a.jsonl", "b.parquet", "README.txt"], "2 records (a.jsonl), 1 text (README.txt)", "/**/*.jsonl*"),
+        (["a.txt", "sub/b.txt", "c.json.gz"], "1 records (c.json.gz), 2 text (a.txt)", "/**/*.txt*"),
+        (["a.jsonl", "x.npy", "y.bin"], "1 records (a.jsonl), 2 token (x.npy)", "/**/*.npy*"),
+        (
+            ["a.parquet", "b.parquet", "x.bin", "n.txt"],
+            "2 records (a.parquet), 1 text (n.txt), 1 token (x.bin)",
+            "/**/*.parquet*",
+        ),
+    ],
+)
+def test_a_directory_of_several_kinds_is_refused(tmp_path: Path, names: list[str], counts: str, example: str) -> None:
+    for name in names:
+        _file(tmp_path, LINE, name)
+    with pytest.raises(DataError) as caught:
+        resolve_files(str(tmp_path))
+    assert str(caught.value) == f"data.path: the directory {tmp_path} holds files of several kinds: {counts}"
+    assert caught.value.problems[0].fix == f"say which are meant with a glob, for example {tmp_path}{example}"
+    assert _paths(f"{tmp_path}{example}")  # the advice works
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "pipe"])
+def test_a_file_of_a_directory_that_cannot_be_read_is_not_left_out_silently(tmp_path: Path, kind: str) -> None:
+    _file(tmp_path, LINE, "a.jsonl")
+    path = tmp_path / "b.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "not there")
+    with pytest.raises(DataError, match=r"b\.jsonl"):
+        resolve_files(str(tmp_path))
+
+
+# --- Globs and single paths -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,56 +200,206 @@ def test_a_directory_means_its_jsonl_files_at_any_depth_in_order(tmp_path: Path)
     [
         ("*.jsonl", ["a.jsonl", "b.jsonl"]),
         ("[ab].jsonl", ["a.jsonl", "b.jsonl"]),
+        ("?.jsonl", ["a.jsonl", "b.jsonl"]),
         ("**/*.jsonl", ["a.jsonl", "b.jsonl", "sub/c.jsonl"]),
-        ("*", ["a.jsonl", "b.jsonl", "c.txt"]),
+        ("**/**/*.jsonl", ["a.jsonl", "b.jsonl", "sub/c.jsonl"]),
+        ("*/*", ["sub/c.jsonl"]),
+        ("*", ["a.jsonl", "b.jsonl", "c.txt", "d.npy"]),
+        ("d*", ["d.npy"]),
         ("c.txt", ["c.txt"]),
     ],
 )
 def test_a_glob_means_its_files_in_order(tmp_path: Path, pattern: str, expected: list[str]) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt", "sub/c.jsonl"):
+    """`d.csv.gz` is the index of `d.npy`, not a source. Hidden files and directories are left out."""
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "sub/c.jsonl", "d.npy", "d.csv.gz", ".hidden.jsonl"):
         _file(tmp_path, LINE, name)
-    assert resolve_files(f"{tmp_path}/{pattern}") == tuple(tmp_path / name for name in expected)
+    assert _paths(f"{tmp_path}/{pattern}") == tuple(tmp_path / name for name in expected)
+
+
+def test_a_table_without_its_token_file_is_a_file(tmp_path: Path) -> None:
+    path = _file(tmp_path, LINE, "e.csv.gz")
+    assert _paths(f"{tmp_path}/*") == (path,)
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
     path = _file(tmp_path, LINE, "data[1].jsonl")
     _file(tmp_path, LINE, "data1.jsonl")
-    assert resolve_files(str(path)) == (path,)
+    assert _paths(str(path)) == (path,)
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _file(tmp_path, LINE)
+    path = _file(tmp_path, LINE, "data.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert resolve_files("data.jsonl") == resolve_files("*.jsonl") == (path,)
+    assert _paths("data.jsonl") == _paths("*.jsonl") == _paths(".") == (path,)
+
+
+def test_a_relative_glob_in_a_folder_whose_name_looks_like_a_glob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _file(tmp_path, LINE, "run[1]/data.jsonl")
+    monkeypatch.chdir(path.parent)
+    assert _paths("*.jsonl") == (path,)
+
+
+def test_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _file(tmp_path, LINE, "data.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _paths("~/data.jsonl") == _paths("~/*.jsonl") == (path,)
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.validation.path"])
+@pytest.mark.parametrize(
+    ("given", "message", "fix"),
+    [
+        ("none.jsonl", "{root}/none.jsonl does not exist", "set {key} to an existing JSONL file"),
+        (
+            "none/*.jsonl",
+            "the glob {root}/none/*.jsonl matches no file",
+            "correct the pattern or the directory",
+        ),
+        ("fold*", "the glob {root}/fold* matches no file", "correct the pattern or the directory"),
+        (
+            "folder",
+            "the directory {root}/folder holds no .jsonl, .ndjson, .json (plain, .gz or .zst), .parquet, .txt, "
+            ".npy or .bin file",
+            "point {key} at a file, or at a directory that holds some",
+        ),
+        ("empty.jsonl", "{root}/empty.jsonl is empty", "give a file with at least one JSON line"),
+        ("empty", "{root}/empty/a.txt is empty", "give a file with at least one JSON line"),
+        ("pipe", "{root}/pipe is not a regular file (a pipe or device)", "give a JSONL file on disk"),
+        ("pip*", "{root}/pipe is not a regular file (a pipe or device)", "give a JSONL file on disk"),
+        ("empty.jsonl/a", "{root}/empty.jsonl/a cannot be read: Not a directory", "check the file's permissions"),
+        ("link.jsonl", "{root}/link.jsonl does not exist", "set {key} to an existing JSONL file"),
+    ],
+)
+def test_paths_that_cannot_be_read(tmp_path: Path, given: str, message: str, fix: str, key: str) -> None:
+    _file(tmp_path, b"x", "folder/notes.md")
+    _file(tmp_path, b"", "empty.jsonl")
+    _file(tmp_path, b"", "empty/a.txt")
+    _file(tmp_path, b"", "empty/b.txt")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "not there")
+    for found in (lambda value: resolve_files(value, key), lambda value: resolve_corpus(value, key)):
+        with pytest.raises(DataError) as caught:
+            found(f"{tmp_path}/{given}")
+        assert str(caught.value) == f"{key}: " + message.format(root=tmp_path)
+        assert caught.value.problems[0].fix == fix.format(key=key)
+
+
+def test_an_empty_file_among_others_is_fine(tmp_path: Path) -> None:
+    files = _file(tmp_path, b"", "a.jsonl"), _file(tmp_path, LINE, "b.jsonl"), _file(tmp_path, b"", "c.jsonl")
+    assert _paths(str(tmp_path)) == _paths(f"{tmp_path}/*") == files
+
+
+# --- Lists and mixtures -----------------------------------------------------------------------------------------
+
+
+def test_a_path_is_a_corpus_of_one_part(tmp_path: Path) -> None:
+    path = _file(tmp_path, LINE, "a.jsonl")
+    for value in (str(path), str(tmp_path)):
+        assert resolve_corpus(value) == (CorpusPart(value, Fraction(1), resolve_files(str(path))),)
+
+
+def test_a_list_is_one_corpus_in_its_order(tmp_path: Path) -> None:
+    names = ["z.jsonl", "folder/b.jsonl", "folder/c.jsonl", "a.txt", "x1.json", "x2.json"]
+    paths = [_file(tmp_path, LINE, name) for name in names]
+    value = [f"{tmp_path}/z.jsonl", f"{tmp_path}/folder", f"{tmp_path}/a.txt", f"{tmp_path}/x?.json"]
+    (part,) = resolve_corpus(value)
+    assert (part.name, part.weight) == (", ".join(value), Fraction(1))
+    assert [file.path for file in part.files] == paths
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    "second", ["a.jsonl", "*.jsonl", "", "sub/../a.jsonl", "link.jsonl"], ids=lambda name: name or "the directory"
+)
+def test_a_file_named_twice_is_refused(tmp_path: Path, second: str) -> None:
+    path = _file(tmp_path, LINE, "a.jsonl")
+    (tmp_path / "sub").mkdir()
+    if second == "link.jsonl":
+        (tmp_path / second).symlink_to(path)
+    with pytest.raises(DataError, match="is named twice") as caught:
+        resolve_corpus([str(path), f"{tmp_path}/{second}"])
+    assert str(caught.value).startswith("data.path: ")
+    assert caught.value.problems[0].fix == (
+        "name it once; to see a source more often, give it a weight: [{path: ..., weight: ...}]"
+    )
+
+
+def test_the_message_names_the_file_that_is_named_twice(tmp_path: Path) -> None:
+    paths = [_file(tmp_path, LINE, name) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError) as caught:
+        resolve_corpus([str(paths[0]), str(paths[1]), str(paths[1])], "data.validation.path")
+    assert str(caught.value) == f"data.validation.path: {paths[1]} is named twice"
+
+
+def _mixture(*entries: tuple[str, float]) -> list[MixtureSource]:
+    return [MixtureSource(path=path, weight=weight) for path, weight in entries]
+
+
+def test_a_mixture_has_a_part_for_each_source(tmp_path: Path) -> None:
+    first, second = _file(tmp_path, LINE, "web/a.jsonl"), _file(tmp_path, LINE, "code.jsonl")
+    value = _mixture((f"{tmp_path}/web", 0.7), (str(second), 0.3), (f"{tmp_path}/web", 3))
+    assert resolve_corpus(value) == (
+        CorpusPart(f"{tmp_path}/web", Fraction(7, 10), resolve_files(str(first))),
+        CorpusPart(str(second), Fraction(3, 10), resolve_files(str(second))),
+        CorpusPart(f"{tmp_path}/web", Fraction(3), resolve_files(str(first))),
+    )
+
+
+def test_a_source_of_a_mixture_that_cannot_be_read(tmp_path: Path) -> None:
+    path = _file(tmp_path, LINE, "a.jsonl")
+    with pytest.raises(DataError, match=r"^data\.path: .*/none\.jsonl does not exist$"):
+        resolve_corpus(_mixture((str(path), 1), (f"{tmp_path}/none.jsonl", 1)))
+
+
+# --- What the preset may say ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
     [
-        ("none.jsonl", "{root}/none.jsonl does not exist"),
-        ("none/*.jsonl", "the glob {root}/none/*.jsonl matches no file"),
-        ("folder", "the directory {root}/folder holds no .jsonl, .ndjson, .json file (plain or .gz)"),
-        ("empty.jsonl", "{root}/empty.jsonl is empty"),
-        ("data.jsonl.zst", "{root}/data.jsonl.zst is a zstd file, which this version cannot read"),
-        ("misnamed.jsonl", "{root}/misnamed.jsonl is a zstd file, which this version cannot read"),
-        ("data.parquet", "{root}/data.parquet is a Parquet file, which this version cannot read"),
+        ("a", "a"),
+        (["a", "b"], ["a", "b"]),
+        ([{"path": "a", "weight": "7e-1"}], [{"path": "a", "weight": 0.7}]),
+        (
+            [{"weight": 2, "path": "a"}, {"path": "b", "weight": 0.5}],
+            [{"path": "a", "weight": 2.0}, {"path": "b", "weight": 0.5}],
+        ),
     ],
 )
-def test_paths_that_cannot_be_read(tmp_path: Path, given: str, message: str) -> None:
-    _file(tmp_path, b"x", "folder/notes.txt")
-    _file(tmp_path, b"", "empty.jsonl")
-    _file(tmp_path, b"\x28\xb5\x2f\xfd....", "data.jsonl.zst")
-    _file(tmp_path, b"\x28\xb5\x2f\xfd....", "misnamed.jsonl")
-    _file(tmp_path, b"PAR1....", "data.parquet")
-    with pytest.raises(DataError) as caught:
-        resolve_files(f"{tmp_path}/{given}")
-    assert str(caught.value) == "data.path: " + message.format(root=tmp_path)
+def test_values_of_data_path(value: Any, expected: Any) -> None:
+    assert to_data_path(value) == expected
 
 
-@pytest.mark.parametrize(("name", "magic"), [("b.jsonl.zst", b"\x28\xb5\x2f\xfd"), ("b.parquet", b"PAR1")])
-def test_unreadable_shards_of_a_directory_are_not_left_out_silently(tmp_path: Path, name: str, magic: bytes) -> None:
-    """Training on the readable half of a corpus without a word is worse than an error."""
-    _file(tmp_path, LINE, "a.jsonl")
-    _file(tmp_path, magic + b"....", name)
-    with pytest.raises(DataError, match=name):
-        resolve_files(str(tmp_path))
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "must not be an empty list"),
+        ({"path": "a"}, "must be a path, a list of paths, or a list of {path, weight}, not a mapping"),
+        (None, "must be text, not nothing (null)"),
+        ("", "must not be empty"),
+        (["a", ""], "entry 2: must not be empty"),
+        (["a", 7], 'entry 2: must be text, not 7; if text is meant, quote it: "7"'),
+        ([["a"]], "entry 1: must be text, not a list"),
+        (
+            [{"path": "a", "weight": 1}, "b"],
+            "entry 2 has no weight: in a mixture each entry is {path: ..., weight: ...}",
+        ),
+        (
+            ["b", {"path": "a", "weight": 1}],
+            "entry 1 has no weight: in a mixture each entry is {path: ..., weight: ...}",
+        ),
+        ([{"path": "a", "wieght": 1}], "entry 1 has an unknown key 'wieght'; it takes path and weight"),
+        ([{"path": "a"}], "entry 1 has no weight: each entry is {path: ..., weight: ...}"),
+        ([{"weight": 1}], "entry 1 has no path: each entry is {path: ..., weight: ...}"),
+        ([{"path": "a", "weight": 0}], "entry 1: weight must be greater than 0, not 0"),
+        ([{"path": "a", "weight": -1.5}], "entry 1: weight must be greater than 0, not -1.5"),
+        ([{"path": "a", "weight": True}], "entry 1: must be a number, not true"),
+        ([{"path": "a", "weight": "half"}], "entry 1: must be a finite number, not the text 'half'"),
+        ([{"path": "", "weight": 1}], "entry 1: must not be empty"),
+    ],
+)
+def test_values_of_data_path_that_mean_nothing(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"must|has") as caught:
+        to_data_path(value)
+    assert str(caught.value) == message
