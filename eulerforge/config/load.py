@@ -20,9 +20,6 @@ from eulerforge.config.schema import PretrainPreset
 from eulerforge.config.yaml_source import KeyPath, YamlDocument, parse_scalar, parse_yaml
 from eulerforge.errors import PresetError, Problem
 
-_FREE_MAPPINGS = (("data", "path"),)
-"""Keys whose values are mappings without a schema yet."""
-
 _FOREIGN_NAMES = {
     "block_size": "data.max_length",
     "epochs": "training.max_steps",
@@ -165,8 +162,6 @@ def _unknown_path(path: KeyPath) -> Problem | None:
     section: type[BaseModel] | None = PretrainPreset
     for depth, part in enumerate(path):
         if section is None:
-            if path[:depth] in _FREE_MAPPINGS:
-                return None
             leaf = ".".join(path[:depth])
             return Problem(
                 f"--set {'.'.join(path)}: unknown key, {leaf} has no keys below it", f"write --set {leaf}=..."

@@ -138,6 +138,29 @@ def test_keys_of_the_preset_reach_the_cache(tmp_path: Path) -> None:
     assert cache.counts.skipped == {"malformed JSON": 1}
 
 
+def test_how_files_are_known_and_what_they_are_called_reach_the_cache(tmp_path: Path) -> None:
+    path = _corpus(tmp_path, "a.jsonl", "abcd")
+    reused = {}
+    for verify in ("mtime", "content"):
+        preset = _preset(f"{tmp_path}/*.jsonl", verify=verify)
+        _caches(tmp_path, preset)
+        os.utime(path, (0, 0) if verify == "mtime" else (1, 1))
+        reused[verify] = _caches(tmp_path, preset)[1].parts[0].reused
+    assert reused == {"mtime": False, "content": True}
+    assert {entry.name for entry in entries(tmp_path / "cache")} == {f"{tmp_path}/*.jsonl"}
+
+
+@pytest.mark.parametrize(("workers", "several"), [("auto", False), (1, False), (2, True)])
+def test_the_number_of_processes_reaches_the_cache(tmp_path: Path, workers: Any, several: bool) -> None:
+    """Two token files are two tasks; this tokenizer would have to be copied for a second process."""
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(np.array([1, 2, EOS], dtype="<u2").tobytes())
+    said: list[str] = []
+    _caches(tmp_path, _preset(f"{tmp_path}/*.bin", num_workers=workers, token_dtype="uint16"), said.append)
+    copied = "This tokenizer cannot be copied to other processes: tokenizing in one process"
+    assert (said[0] == copied) is several
+
+
 def test_what_opening_says(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "abcd"}\n{"text": ""}\n{"text": ""}\n{"text": "\\ud800"}\n[1]\n[2]\noops\n')

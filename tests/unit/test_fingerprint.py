@@ -6,16 +6,17 @@ import ast
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from eulerforge.config.load import load_preset
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.data.cache import TokenCache
-from eulerforge.data.sources import DocumentCounts
+from eulerforge.data.readers import DocumentCounts
+from eulerforge.data.tokens import Shard, TokenStream
 from eulerforge.errors import ResumeError
 from eulerforge.models.directory import ModelDirectory
 from eulerforge.train.fingerprint import (
@@ -78,7 +79,7 @@ class _Run:
         return fixed_by_input(directory, self.tokenizer, self.preset, self.rows)  # type: ignore[arg-type]
 
     def by_data(self) -> dict[str, Any]:
-        return fixed_by_data(self.cache, self.held_out)
+        return fixed_by_data([self.cache], [Fraction(1)], [self.held_out])
 
 
 def _preset(folder: Path, *overrides: str) -> PretrainPreset:
@@ -87,8 +88,8 @@ def _preset(folder: Path, *overrides: str) -> PretrainPreset:
 
 
 def _cache(tokens: int = 2000, documents: int = 3, digest: str = "d1" * 32) -> TokenCache:
-    offsets = np.zeros(documents + 1, dtype=np.int64)
-    return TokenCache(Path("c"), np.zeros(tokens, dtype=np.uint16), offsets, DocumentCounts(), digest, True)
+    shard = Shard(Path("s"), Path("s/tokens.bin"), 0, "<u2", tokens, documents, documents, 0, 0)
+    return TokenCache(Path("c"), TokenStream([shard]), DocumentCounts(), digest, True)
 
 
 @pytest.fixture
@@ -132,11 +133,13 @@ def test_what_is_fixed_has_readable_names_and_values(run: _Run) -> None:
         "training.seed": 42,
         "data.max_length": 16,
         "data.packing": True,
+        "data.shuffle": True,
+        "data.document_mask": False,
         "rows per step": 8,
     }
     assert run.by_data() == {
         "data": "2,000 tokens in 3 documents, content d1d1d1d1d1d1d1d1",
-        "held-out documents of the data": 1,
+        "held-out documents of the data": "1",
     }
 
 
@@ -240,6 +243,22 @@ def test_another_corpus_is_named(run: _Run, cache: TokenCache, now: str) -> None
     assert _problems(_stored(run), replace(run, cache=cache).by_data()) == [
         (f"--resume: data is {now}, but {before} in checkpoint-3", CORPUS)
     ]
+
+
+def test_the_shares_of_a_mixture_are_fixed(run: _Run) -> None:
+    """Their proportion, not the numbers that the preset has for it."""
+    caches = [_cache(), _cache(digest="d2" * 32)]
+
+    def data(*weights: int) -> dict[str, Any]:
+        return fixed_by_data(caches, [Fraction(weight) for weight in weights], [1, 0])
+
+    assert data(7, 3) == {
+        "data": "7/10 of 2,000 tokens in 3 documents, content d1d1d1d1d1d1d1d1; "
+        "3/10 of 2,000 tokens in 3 documents, content d2d2d2d2d2d2d2d2",
+        "held-out documents of the data": "1, 0",
+    }
+    assert data(70, 30) == data(7, 3)
+    assert data(3, 7) != data(7, 3)
 
 
 @pytest.mark.parametrize("held_out", [0, 2])

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from eulerforge.data.loader import BatchLoader
 from eulerforge.errors import CheckpointError, TrainingError
 from eulerforge.metrics.meters import SpeedMeter
 from eulerforge.metrics.trackers import StepMetrics
@@ -21,6 +22,16 @@ from eulerforge.train.step import StepParts, StepResult
 
 TOKENS = 10
 """Of each step."""
+
+
+class _Batches:
+    """Training waits a quarter of a second for the batches of each step."""
+
+    waited = 0.0
+
+    def __call__(self, step: int) -> str:
+        self.waited += 0.25
+        return f"batches of {step}"
 
 
 @dataclass
@@ -63,6 +74,7 @@ class _Run:
             grad_norm=step / 4,
             aux_loss=None,
             tokens=TOKENS,
+            data_hash=f"{step:012x}",
             stop=step == self.stop_at,
             save_failed=step == self.save_failed_at,
         )
@@ -101,7 +113,7 @@ class _Run:
         step = SimpleNamespace(run=self, optimizer=optimizer, agree_to_stop=self.agree_to_stop)
         parts = LoopParts(
             step=cast(StepParts, step),
-            batches=lambda step: cast(Any, f"batches of {step}"),
+            batches=cast(BatchLoader, _Batches()),
             learning_rate=lambda step: step / 10,
             tracker=self,
             evaluate=None if self.eval_steps is None else self.evaluate,

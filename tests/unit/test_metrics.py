@@ -43,6 +43,8 @@ METRICS = StepMetrics(
     steps_per_second=0.41999,
     tokens_per_second=18432.46,
     seconds_left=760.2,
+    data_wait=0.00123,
+    data_hash="0123456789ab",
 )
 LINE = "step=10/500 | loss=10.4523 | lr=6.00e-05 | 0.42 steps/s | 18,432 tok/s | grad_norm=0.93 | ETA 0:12:40"
 
@@ -63,6 +65,8 @@ def test_a_record_has_the_agreed_keys_in_order(aux_loss: float | None, eval_loss
         ("epoch", 1.234568),
         ("tokens_per_sec", 18432.5),
         ("steps_per_sec", 0.42),
+        ("data_wait", 0.0012),
+        ("data_hash", "0123456789ab"),
     ]
     assert list(record.items()) == expected
 
@@ -244,7 +248,8 @@ def test_a_silent_console_says_nothing(capsys: pytest.CaptureFixture[str], monke
     console.say("x")
     console.warn("x")
     console.start_bar(10, 0)
-    console.advance_bar({"loss": "1"})
+    console.move_bar(1, {"loss": "1"})
+    assert not console.has_bar
     console.close_bar()
     assert capsys.readouterr().out == ""
     assert terminal.getvalue() == ""
@@ -333,6 +338,7 @@ def test_tensorboard_holds_every_logged_value(tmp_path: Path) -> None:
         "eval/loss": {20: 2.75},
         "speed/tokens_per_sec": dict.fromkeys((10, 20, 30), 18432.46),
         "speed/steps_per_sec": dict.fromkeys((10, 20, 30), 0.41999),
+        "speed/data_wait": dict.fromkeys((10, 20, 30), 0.00123),
     }
     assert set(events.Tags()["scalars"]) == set(expected)
     for name, points in expected.items():

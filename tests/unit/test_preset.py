@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from eulerforge.config.hints import apply_hints
 from eulerforge.config.load import LoadedPreset, load_preset
-from eulerforge.config.schema import json_schema
+from eulerforge.config.schema import MixtureSource, json_schema
 from eulerforge.config.yaml_source import parse_yaml
 from eulerforge.errors import PresetError
 
@@ -102,6 +102,13 @@ ACCEPTED: list[tuple[str, str, Any]] = [
     ("data.path", "runs/lr=3e-4/é.jsonl", "runs/lr=3e-4/é.jsonl"),
     ("data.path", '"*.jsonl"', "*.jsonl"),
     ("data.path", "2024-01-01", "2024-01-01"),
+    ("data.path", "[a.jsonl, 2024-01-01]", ["a.jsonl", "2024-01-01"]),
+    (
+        "data.path",
+        "[{path: a, weight: 7e-1}, {weight: '3', path: b}]",
+        [MixtureSource(path="a", weight=0.7), MixtureSource(path="b", weight=3.0)],
+    ),
+    ("data.num_workers", "1e1", 10),
     (CLIP, "null", None),
     (CLIP, "", None),
     (CLIP, "5e-1", 0.5),
@@ -216,6 +223,51 @@ def test_a_number_of_400_digits_is_a_wrong_value_not_a_crash(tmp_path: Path, key
     assert key in what
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must not be an empty list"),
+        ("{path: a, weight: 1}", "must be a path, a list of paths, or a list of {path, weight}, not a mapping"),
+        ("[a, 5]", "entry 2: must be text, not 5"),
+        ("[a, ~]", "entry 2: must be text, not nothing (null)"),
+        ("[a, '']", "entry 2: must not be empty"),
+        ("[[a]]", "entry 1: must be text, not a list"),
+        ("[{path: a, weight: 1}, b]", "entry 2 has no weight: in a mixture each entry is {path: ..., weight: ...}"),
+        ("[{path: a}]", "entry 1 has no weight: each entry is {path: ..., weight: ...}"),
+        ("[{weight: 1}]", "entry 1 has no path: each entry is {path: ..., weight: ...}"),
+        ("[{path: a, wieght: 1}]", "entry 1 has an unknown key 'wieght'; it takes path and weight"),
+        ("[{path: a, weight: 0}]", "entry 1: weight must be greater than 0, not 0"),
+        ("[{path: a, weight: -1}]", "entry 1: weight must be greater than 0, not -1"),
+        ("[{path: a, weight: .nan}]", "entry 1: must be a finite number, not nan"),
+        ("[{path: a, weight: half}]", "entry 1: must be a finite number, not the text 'half'"),
+        ("[{path: 7, weight: 1}]", "entry 1: must be text, not 7"),
+    ],
+)
+def test_lists_of_sources_that_make_no_sense(tmp_path: Path, text: str, message: str) -> None:
+    for problems in (_problems(tmp_path, _with("data.path", text)), _problems(tmp_path, BASE, f"data.path={text}")):
+        ((what, fix),) = problems
+        assert what.partition("data.path: ")[2].startswith(message)
+        assert fix == "correct data.path"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "message"),
+    [
+        (("data.path=[{path: a, weight: 1}]",), "data.path", "a mixture counts tokens, which needs packed rows"),
+        (("data.document_mask=true",), "data.document_mask", "rows of one document need no mask"),
+    ],
+)
+def test_what_needs_packed_rows(tmp_path: Path, overrides: tuple[str, ...], key: str, message: str) -> None:
+    ((what, fix),) = _problems(tmp_path, BASE, "data.packing=false", *overrides)
+    assert what == f"--set {key}: {message}"
+    assert "data.packing: true" in fix
+
+
+def test_a_list_of_sources_has_no_keys_of_its_own(tmp_path: Path) -> None:
+    ((what, _),) = _problems(tmp_path, BASE, "data.path.weight=1")
+    assert what == "--set data.path.weight: unknown key, data.path has no keys below it"
+
+
 def test_nul_in_data_path_is_refused(tmp_path: Path) -> None:
     """No file name holds it; the file system functions raise ValueError on it."""
     ((what, _),) = _problems(tmp_path, _with("data.path", '"a\\0b"'))
@@ -244,7 +296,11 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
             "add_eos": True,
             "on_bad_line": "error",
             "validation": None,
+            "shuffle": True,
+            "document_mask": False,
+            "token_dtype": None,
             "cache_dir": None,
+            "verify": "mtime",
             "num_workers": "auto",
         },
         "training": {
@@ -415,8 +471,6 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     [
         ("training.warmup_steps=1000001", "training.warmup_steps"),
         ("training.global_batch_size=3", "training.global_batch_size"),
-        ("data.path=[a, b]", "data.path"),
-        ("data.num_workers=4", "data.num_workers"),
         ("training.activation_checkpointing=true", "training.activation_checkpointing"),
         ("training.compile=true", "training.compile"),
         ("training.dtype=float16", "training.dtype"),

@@ -139,15 +139,15 @@ def test_the_place_of_a_document(tmp_path: Path) -> None:
             write_shard(tmp_path / "empty", [], files=[], first_file=8),
             write_shard(tmp_path / "b", one, lines=[1, 2, 5], first_file=8),
             write_shard(tmp_path / "c", one, lines=[1, 3, 4], first_file=8, first_line=70),
-            # Only the first file of a shard can be a range; a group has no lines before it.
-            write_shard(tmp_path / "d", one, lines=[5, 1, 2], files=[(0, 1), (1, 2)], first_file=9),
+            # Lines before a shard are lines of its first file.
+            write_shard(tmp_path / "d", one, lines=[5, 1, 2], files=[(0, 1), (1, 2)], first_file=9, first_line=50),
         ]
     )
     assert [stream.location(document) for document in range(stream.documents)] == [
         *[(3, 2), (3, 9), (4, 1), (7, 4), (7, 6)],
         *[(8, 1), (8, 2), (8, 5)],
         *[(8, 71), (8, 73), (8, 74)],
-        *[(9, 5), (10, 1), (10, 2)],
+        *[(9, 55), (10, 1), (10, 2)],
     ]
 
 
