@@ -183,7 +183,7 @@ def _files_of_directory(folder: Path, key: str) -> list[Path]:
     if len(found) > 1:
         # Which of them are the corpus is not ours to guess: a README.txt is none, notes in .txt may be one.
         counts = ", ".join(f"{len(files)} {kind} ({files[0].name})" for kind, files in sorted(found.items()))
-        example = _name_suffix(max(found.values(), key=len)[0])
+        example = _name_suffix(found.get("records", max(found.values(), key=len))[0])
         raise DataError(
             f"{key}: the directory {folder} holds files of several kinds: {counts}",
             f"say which are meant with a glob, for example {folder}/**/*{example}*",

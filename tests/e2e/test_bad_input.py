@@ -17,8 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 from tests.kit.commands import Result, Workspace, run_command, run_here, run_python
@@ -249,7 +253,21 @@ def _data(
 
 def _no_jsonl(root: Path) -> None:
     (root / "corpus").mkdir()
-    (root / "corpus" / "notes.txt").write_text("a corpus, some day\n")
+    (root / "corpus" / "notes.md").write_text("a corpus, some day\n")
+
+
+def _several_kinds(root: Path) -> None:
+    _no_jsonl(root)
+    (root / "corpus" / "notes.md").rename(root / "corpus" / "README.txt")
+    (root / "corpus" / "a.jsonl").write_bytes(_LINE)
+
+
+def _parquet(columns: dict[str, list[object]], root: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), root / "data.parquet")
+
+
+def _token_ids(name: str, root: Path) -> None:
+    np.array([*range(40), 60_000], dtype="<u2").tofile(root / name)
 
 
 _LINE = b'{"text": "a document that is long enough"}\n'
@@ -414,10 +432,19 @@ VALUE_CASES = [
 ]
 """Wrong types, ranges and combinations."""
 
+SOURCE_CASES = [
+    _value("data", "path: []", "must not be an empty list", "data.path"),
+    _value("data", "path: {a.jsonl: 0.5}", "a list of {path, weight}, not a mapping", "data.path"),
+    _value("data", "path: [a.jsonl, {path: b.jsonl, weight: 1}]", "entry 1 has no weight", "data.path"),
+    _value("data", "path: [{path: a.jsonl, weight: 0}]", "entry 1: weight must be greater than 0", "data.path"),
+    _value("data", "path: [{path: a.jsonl, wieght: 1}]", "unknown key 'wieght'", "data.path"),
+    _value("data", "num_workers: 0", "auto or a whole number of at least 1", "data.num_workers"),
+    _value("data", "verify: hash", "'mtime' or 'content'", "one of those"),
+    _value("data", "token_dtype: int32", "'uint16' or 'uint32'", "one of those"),
+]
+"""Sources and how they are read."""
+
 UNAVAILABLE_CASES = [
-    _value("data", "path: [a.jsonl, b.jsonl]", "not available in this version", "one path or glob"),
-    _value("data", "path: {a.jsonl: 0.5}", "not available in this version", "one path or glob"),
-    _value("data", "num_workers: 4", "this version", "auto or 1"),
     _value("training", "compile: true", "not available in this version", "false"),
     _value("training", "activation_checkpointing: true", "not available in this version", "false"),
     _value("training", "activation_checkpointing: 2", "not available in this version", "false"),
@@ -775,9 +802,23 @@ DATA_CASES = [
     _project(
         "data directory without JSONL",
         _no_jsonl,
-        ("data.path", "corpus", "holds no", ".jsonl"),
-        "JSONL",
+        ("data.path", "corpus", "holds no", ".jsonl", ".parquet", ".npy"),
+        "a directory that holds some",
         ("data", "path: corpus"),
+    ),
+    _project(
+        "data directory of several kinds",
+        _several_kinds,
+        ("data.path", "corpus", "several kinds", "1 records (a.jsonl)", "1 text (README.txt)"),
+        "/corpus/**/*.jsonl*",
+        ("data", "path: corpus"),
+    ),
+    _project(
+        "data named twice",
+        None,
+        ("data.path", "data.jsonl", "named twice"),
+        "weight",
+        ("data", "path: [data.jsonl, ./data.jsonl]"),
     ),
     _project(
         "data glob without match", None, ("data.path", "glob", "x*.jsonl"), "pattern", ("data", "path: x*.jsonl")
@@ -838,8 +879,46 @@ DATA_CASES = [
         "save the file as UTF-8",
     ),
     _data("nested too deeply", b"[" * 200_000 + b"\n", ("data.jsonl:1:", "nested too deeply"), "data.on_bad_line"),
-    _data("zstd", b"\x28\xb5\x2f\xfd" + bytes(20), ("data.jsonl", "zstd"), "JSONL"),
-    _data("Parquet", b"PAR1" + bytes(20), ("data.jsonl", "Parquet"), "JSONL"),
+    _data("zstd cut off", zstandard.compress(_LINE * 100)[:-5], ("data.jsonl", "cut-off zstd"), "again"),
+    _data("zstd damaged", b"\x28\xb5\x2f\xfd" + bytes(20), ("data.jsonl", "damaged"), "again"),
+    _data("Parquet damaged", b"PAR1" + bytes(20), ("data.jsonl", "damaged Parquet"), "again"),
+    _project(
+        "data Parquet without the column",
+        partial(_parquet, {"content": ["a", "b"]}),
+        ("data.parquet", "no column 'text'", "columns found: 'content'"),
+        "data.text_column",
+        ("data", "path: data.parquet"),
+    ),
+    _project(
+        "data Parquet column of numbers",
+        partial(_parquet, {"text": [1, 2]}),
+        ("data.parquet", "'text' holds int64, not text"),
+        "data.text_column",
+        ("data", "path: data.parquet"),
+    ),
+    _project(
+        "data token ids of unknown size",
+        partial(_token_ids, "ids.bin"),
+        ("ids.bin", "their size is not known"),
+        "data.token_dtype",
+        ("data", "path: ids.bin"),
+    ),
+    _project(
+        "data token ids beyond the tokenizer",
+        partial(_token_ids, "ids.npy"),
+        ("ids.npy", "id 60000 in document 1", "largest is 256"),
+        "tokenizer",
+        ("data", "path: ids.npy"),
+        ("data", "token_dtype: uint16"),
+    ),
+    _project(
+        "data token ids cut off",
+        partial(_token_ids, "ids.bin"),
+        ("ids.bin", "82 bytes", "no whole number of uint32"),
+        "data.token_dtype",
+        ("data", "path: ids.bin"),
+        ("data", "token_dtype: uint32"),
+    ),
     _data("gzip cut off", gzip.compress(_LINE * 100)[:-30], ("data.jsonl", "cut-off gzip"), "again"),
     _data(
         "gzip damaged",
@@ -946,6 +1025,7 @@ PRECISION_CASES = [
 CASES = [
     *PRESET_CASES,
     *VALUE_CASES,
+    *SOURCE_CASES,
     *UNAVAILABLE_CASES,
     *SET_CASES,
     *USAGE_CASES,
@@ -1114,7 +1194,6 @@ def test_rules_between_keys_and_unavailable_values_are_told_at_once(project: Wor
             ("training", "warmup_steps: 9"),
             ("training", "global_batch_size: 3"),
             ("training", "compile: true"),
-            ("data", "num_workers: 4"),
             ("training", "amp: selective"),
         ).encode(),
     )
@@ -1123,7 +1202,6 @@ def test_rules_between_keys_and_unavailable_values_are_told_at_once(project: Wor
         ("training.warmup_steps: ", "training.max_steps"),
         ("training.global_batch_size: ", "multiple"),
         ("training.compile: ", "false"),
-        ("data.num_workers: ", "auto"),
         ("training.amp: ", "false"),
     )
 
