@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import checkpoint_saves, sharded_start_memory, train_throughput
+from benchmarks import checkpoint_saves, sharded_start_memory, tokenizing, train_throughput
 
 if __name__ == "__main__":
     train_throughput.main()
     sharded_start_memory.main()
     checkpoint_saves.main()
+    tokenizing.main()

@@ -80,7 +80,7 @@ def _worker(folder: Path) -> None:
 
     flight = inspect(load_preset(folder / "preset.yml"))
     context = start_processes("cpu", int(os.environ.get("WORLD_SIZE", "1")), 600)
-    tokenizer = load_tokenizer(flight.tokenizer, False, False, True)
+    tokenizer = load_tokenizer(flight.corpus.tokenizer, False, False, True)
     silent = Console("Benchmark", enabled=False)
     request = ModelRequest(flight.directory, flight.precision, flight.preset, tokenizer, context, silent)
     model, _ = load_model(request)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,20 @@ def _run_trainer(folder: Path) -> list[float]:
 
 
 def _packed_rows(folder: Path) -> Any:
-    from eulerforge.data.cache import CacheSpec, open_or_build
-    from eulerforge.data.rows import PackedRows
+    """The rows that EulerForge trains on."""
+    from eulerforge.config.load import load_preset
+    from eulerforge.corpus import make_corpus, open_caches
+    from eulerforge.data.cache import Voice
+    from eulerforge.metrics.console import Console
+    from eulerforge.metrics.progress import tokenizing
     from eulerforge.models.tokenizer import load_tokenizer
+    from eulerforge.preflight import inspect_corpus
 
-    tokenizer = load_tokenizer(str(folder / "tokenizer"), trust_remote_code=False, add_bos=False, add_eos=True)
-    spec = CacheSpec((folder / "corpus.jsonl",), "text", "error", None, tokenizer.eos_id)
-    cache = open_or_build(spec, tokenizer, folder / "cache", check=lambda offsets: None, say=lambda line: None)
-    return PackedRows(cache.tokens, LENGTH)
+    loaded = load_preset(folder / "preset.yml")
+    files, silent = inspect_corpus(loaded), Console("Benchmark", enabled=False)
+    tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=False, add_bos=False, add_eos=True)
+    caches = open_caches(files, loaded.preset, tokenizer, Voice(silent.say, partial(tokenizing, silent)))
+    return make_corpus(loaded.preset, files.parts, caches, silent.say).rows
 
 
 def _report(seconds: list[float]) -> None:

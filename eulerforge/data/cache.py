@@ -263,6 +263,7 @@ class _Build:
         start = time.monotonic()
         try:
             built = self._run_tasks()
+            self._require_unchanged_files()
             manifest = self._describe(built)
             cache = _read(self._manifest, manifest, [file.path for file in self._spec.files], reused=False)
             try:
@@ -296,6 +297,17 @@ class _Build:
             from eulerforge.data.workers import build_in_processes
 
             return build_in_processes(self._tasks, place, serialized, processes, report)
+
+    def _require_unchanged_files(self) -> None:
+        """Refuse a mixture of what a file was and what it became while it was read."""
+        for file in self._spec.files:
+            with contextlib.suppress(FileNotFoundError):
+                status = file.path.stat()
+                if (status.st_size, status.st_mtime_ns) == (file.size, file.mtime_ns):
+                    continue
+            raise DataError(
+                f"{self._spec.key}: {file.path} was changed while it was read", "run it again when it is complete"
+            )
 
     def _processes(self) -> tuple[int, str | None]:
         """How many processes tokenise, and what they make their encoder from."""

@@ -1374,3 +1374,18 @@ def test_digests_of_all_sequences_of_a_few_documents_differ() -> None:
         sequences += [[*sequence, ids] for sequence in sequences for ids in ([], [0], [1], [0, 1], [256])]
     unique = {json.dumps(sequence) for sequence in sequences}
     assert len({_digest(json.loads(sequence)).hex() for sequence in unique}) == len(unique) > 700
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """Its shards would hold a part of what it was; none of them is found again under its new time."""
+    path = _corpus(tmp_path, "ab", "c")
+
+    class _Writes(_Bytes):
+        def encode(self, texts: Sequence[str]) -> list[list[int]]:
+            with path.open("a") as handle:
+                handle.write(json.dumps({"text": "more"}) + "\n")
+            return super().encode(texts)
+
+    with pytest.raises(DataError, match=r"data\.jsonl was changed while it was read"):
+        _open(tmp_path, _spec(path), _Writes())
+    assert _open(tmp_path, _spec(path)).stream.documents == 3
