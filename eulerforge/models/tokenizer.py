@@ -107,10 +107,11 @@ class Tokenizer:
     def _find_fast(self) -> FastEncoder | None:
         """A copy of the tokenizer's Rust core, if it alone decides the ids.
 
-        The backend may do more in Python (custom code, parts that cannot be copied), so both are asked.
+        The backend may do more in Python. Custom code is never passed by, as a sample proves little about it; what
+        transformers brings along is asked too.
         """
         core = getattr(self.backend, "backend_tokenizer", None)
-        if core is None:
+        if core is None or not type(self.backend).__module__.startswith("transformers."):
             return None
         try:
             fast = FastEncoder(core.to_str())
