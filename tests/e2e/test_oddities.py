@@ -405,7 +405,7 @@ REFUSED_LINES = [
     ),
     *(
         _refused(
-            f"text of line 2 is {what}",
+            f"text of line 2 is {what}: {value}",
             _json("one", value),
             f"data.jsonl:2: 'text' holds {what}, not text",
             fix="data.on_bad_line: skip",
@@ -832,9 +832,15 @@ READ_TOKENIZERS = [
 
 REFUSED_TOKENIZERS = [
     _refused(
-        "a tokenizer without EOS", _json("aa", "bb"), "eos_token", fix="data.add_eos: false", tokenizer={"eos": False}
+        "a tokenizer without EOS",
+        _json("aa", "bb"),
+        "has no EOS token",
+        fix="data.add_eos: false",
+        tokenizer={"eos": False},
     ),
-    _refused("a tokenizer without BOS, one wanted", _json("aa"), "bos_token", fix="data.add_bos: false", keys=BOS),
+    _refused(
+        "a tokenizer without BOS, one wanted", _json("aa"), "has no BOS token", fix="data.add_bos: false", keys=BOS
+    ),
     _refused(
         "ids above an embedding that cannot grow",
         _json("a document without any of them"),
