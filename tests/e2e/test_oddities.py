@@ -491,6 +491,7 @@ REFUSED_COMPRESSED = [
     _refused("second zstd frame cut off", _zstd(LONG) + _zstd(LONG)[:-30], "data.jsonl is a damaged or cut-off zstd"),
     _refused("gzip with a foreign end", gzip.compress(LONG) + b"the end", "data.jsonl is a damaged or cut-off gzip"),
     _refused("zstd with a foreign end", _zstd(LONG) + b"the end", "data.jsonl is a damaged or cut-off zstd"),
+    _refused("gzip inside gzip", gzip.compress(gzip.compress(_json("one"))), "data.jsonl:1: invalid UTF-8 at byte 1"),
     _refused("gzip of nothing", gzip.compress(b""), "no usable document in", "data.jsonl"),
     _refused("zstd of nothing", _zstd(b""), "no usable document in", "data.jsonl"),
     _refused(
