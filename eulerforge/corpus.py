@@ -12,7 +12,8 @@ from fractions import Fraction
 from functools import partial
 
 from eulerforge.config.schema import PretrainPreset
-from eulerforge.data.cache import CacheSpec, TokenCache, Voice, open_or_build
+from eulerforge.data.cache import CacheSpec, Voice, open_or_build
+from eulerforge.data.manifest import TokenCache
 from eulerforge.data.order import EpochOrder, FileOrder, MixtureOrder, Order
 from eulerforge.data.readers import DocumentCounts
 from eulerforge.data.rows import DocumentRows, JoinedRows, PackedRows, Rows, require_rows

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.corpus import Corpus, CorpusCaches, make_corpus
-from eulerforge.data.cache import TokenCache, open_manifest
+from eulerforge.data.manifest import TokenCache, open_manifest
 from eulerforge.data.rows import JoinedRows, StepPlan, hash_sums, row_hash, step_hash
 from eulerforge.data.sources import CorpusPart
 from eulerforge.data.token_files import index_of, table

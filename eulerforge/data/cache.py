@@ -18,13 +18,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from eulerforge.data.build import (
@@ -34,17 +33,16 @@ from eulerforge.data.build import (
     DocumentEncoder,
     Recipe,
     Report,
-    Task,
     Workplace,
     build_task,
     plan_tasks,
-    total_counts,
 )
-from eulerforge.data.readers import DocumentCounts, line_of_byte
-from eulerforge.data.shards import ContentDigest, ShardMeta
+from eulerforge.data.manifest import DAMAGE, TokenCache, describe, read_manifest
+from eulerforge.data.readers import DocumentCounts
+from eulerforge.data.shards import ShardMeta
 from eulerforge.data.sources import SourceFile
 from eulerforge.data.token_files import index_of
-from eulerforge.data.tokens import Shard, TokenStream
+from eulerforge.data.tokens import TokenStream
 from eulerforge.errors import DataError, InputError
 from eulerforge.files import write_json
 
@@ -95,25 +93,6 @@ class CacheSpec:
     key: str = "data.path"
     name: str = ""
     shard_bytes: int = SHARD_BYTES
-
-
-@dataclass(frozen=True)
-class TokenCache:
-    """An open cache.
-
-    Attributes:
-        path: of its manifest.
-        stream: all tokens.
-        counts: what was met while reading the corpus.
-        digest: of ids and document boundaries, the same wherever the corpus lies and however it is cut into files.
-        reused: whether it was found rather than built.
-    """
-
-    path: Path
-    stream: TokenStream
-    counts: DocumentCounts
-    digest: str
-    reused: bool
 
 
 @dataclass(frozen=True)
@@ -188,12 +167,12 @@ class _Build:
             return None
         try:
             manifest = json.loads(self._manifest.read_bytes())
-            cache = _read(self._manifest, manifest, [file.path for file in self._spec.files])
+            cache = read_manifest(self._manifest, manifest, [file.path for file in self._spec.files])
             first_bad = manifest["first_bad"]
             if self._spec.verify == "content":
                 for shard in cache.stream.shards:
                     ShardMeta.read(shard.folder).verify(shard.folder)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self._voice.say(f"Token cache {self._manifest} is damaged ({error}): building again what is missing.")
             self._damaged = True
             return None
@@ -264,8 +243,9 @@ class _Build:
         try:
             built = self._run_tasks()
             self._require_unchanged_files()
-            manifest = self._describe(built)
-            cache = _read(self._manifest, manifest, [file.path for file in self._spec.files], reused=False)
+            files = [file.path for file in self._spec.files]
+            manifest = describe(self._spec.name, self._recipe, files, self._tasks, built)
+            cache = read_manifest(self._manifest, manifest, files, reused=False)
             try:
                 self._require_documents(cache.counts, cache.stream)
                 self._check(cache.stream)
@@ -321,33 +301,6 @@ class _Build:
             wanted = 1
         return wanted, serialized
 
-    def _describe(self, built: Sequence[BuiltTask]) -> dict[str, Any]:
-        """The manifest."""
-        shards: list[dict[str, Any]] = []
-        digest = ContentDigest()
-        first_bad: dict[str, str] | None = None
-        for task, chain in zip(self._tasks, built, strict=True):
-            # Ranges of a file count their lines from where they begin.
-            before = shards[-1] if shards and task.start else None
-            first_line = before["first_line"] + before["lines"] if before else 0
-            for name, meta in chain:
-                shards.append(_shard_values(name, meta, task, first_line))
-                digest.join(meta.content)
-                if meta.first_bad is not None and first_bad is None:
-                    path = task.files[meta.first_bad.file].path
-                    line = line_of_byte(path, task.start) + meta.first_bad.line
-                    first_bad = {"place": f"{path}:{line}", "what": meta.first_bad.what, "fix": meta.first_bad.fix}
-        return {
-            "format": FORMAT_VERSION,
-            "name": self._spec.name,
-            "files": [str(file.path) for file in self._spec.files],
-            "recipe": asdict(self._recipe),
-            "digest": digest.hex(),
-            "counts": asdict(total_counts(built)),
-            "first_bad": first_bad,
-            "shards": shards,
-        }
-
     def _require_documents(self, counts: DocumentCounts, stream: TokenStream) -> None:
         if stream.documents:
             return
@@ -390,71 +343,3 @@ def _identity(file: SourceFile, verify: Literal["mtime", "content"]) -> str:
 def _hash(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _shard_values(name: str, meta: ShardMeta, task: Task, first_line: int) -> dict[str, Any]:
-    return {
-        "id": name,
-        "tokens": meta.tokens,
-        "documents": meta.documents,
-        "trainable": meta.trainable,
-        "dtype": meta.dtype,
-        "first_file": task.first_file,
-        "first_line": first_line,
-        "lines": meta.lines,
-        "external": meta.external,
-    }
-
-
-_DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError)
-"""What reading a cache raises that is not as it was written."""
-
-
-def open_manifest(path: Path, files: Sequence[Path]) -> TokenCache | None:
-    """The cache of a manifest, None if it is not there or not whole.
-
-    Args:
-        files: of the corpus.
-    """
-    try:
-        return _read(path, json.loads(path.read_bytes()), files)
-    except _DAMAGE:
-        return None
-
-
-def _read(path: Path, manifest: dict[str, Any], files: Sequence[Path], reused: bool = True) -> TokenCache:
-    """The cache that a manifest describes, if its files are as long as they should be.
-
-    Raises:
-        one of `_DAMAGE`: they are not.
-    """
-    shards = [_open_shard(values, path.parents[1] / "shards", files) for values in manifest["shards"]]
-    counts = DocumentCounts(**manifest["counts"])
-    return TokenCache(path, TokenStream(shards), counts, manifest["digest"], reused)
-
-
-def _open_shard(values: dict[str, Any], shards: Path, files: Sequence[Path]) -> Shard:
-    folder, header = shards / values["id"], values["external"]
-    tokens_file = folder / "tokens.bin" if header is None else files[values["first_file"]]
-    shard = Shard(
-        folder,
-        tokens_file,
-        header or 0,
-        values["dtype"],
-        values["tokens"],
-        values["documents"],
-        values["trainable"],
-        values["first_file"],
-        values["first_line"],
-    )
-    expected = {
-        tokens_file: shard.header + shard.tokens * np.dtype(shard.dtype).itemsize,
-        folder / "ends.bin": shard.documents * 8,
-        folder / "lines.bin": shard.documents * 8,
-        folder / "shard.json": None,
-    }
-    for path, size in expected.items():
-        found = path.stat().st_size
-        if found != size if size is not None else not found:
-            raise ValueError(f"{path} has {found} bytes, expected {size}")
-    return shard

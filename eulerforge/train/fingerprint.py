@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from eulerforge.config.schema import PretrainPreset
-from eulerforge.data.cache import TokenCache
+from eulerforge.data.manifest import TokenCache
 from eulerforge.errors import Problem, ResumeError
 from eulerforge.models.directory import ModelDirectory
 from eulerforge.models.tokenizer import Tokenizer

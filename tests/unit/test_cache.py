@@ -30,7 +30,8 @@ import zstandard
 from eulerforge.config.paths import default_cache_dir
 from eulerforge.data import build, cache, workers
 from eulerforge.data.build import Recipe, Report, Task, Workplace, build_task, plan_tasks
-from eulerforge.data.cache import CacheSpec, TokenCache, Voice, open_manifest, open_or_build
+from eulerforge.data.cache import CacheSpec, Voice, open_or_build
+from eulerforge.data.manifest import TokenCache, open_manifest
 from eulerforge.data.readers import DocumentCounts
 from eulerforge.data.shards import ContentDigest, ShardMeta
 from eulerforge.data.sources import SourceFile, resolve_files

@@ -20,8 +20,9 @@ from filelock import FileLock
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.corpus import Corpus, CorpusCaches, make_corpus, open_caches, say_mixture
 from eulerforge.data.build import Report
-from eulerforge.data.cache import CacheSpec, TokenCache, Voice, open_or_build
+from eulerforge.data.cache import CacheSpec, Voice, open_or_build
 from eulerforge.data.housekeeping import Unfinished, entries, remove, remove_unfinished, unfinished
+from eulerforge.data.manifest import TokenCache
 from eulerforge.data.order import EpochOrder, FileOrder, MixtureOrder
 from eulerforge.data.readers import DocumentCounts
 from eulerforge.data.rows import DocumentRows, JoinedRows, PackedRows, Rows

@@ -14,7 +14,7 @@ import pytest
 
 from eulerforge.config.load import load_preset
 from eulerforge.config.schema import PretrainPreset
-from eulerforge.data.cache import TokenCache
+from eulerforge.data.manifest import TokenCache
 from eulerforge.data.readers import DocumentCounts
 from eulerforge.data.tokens import Shard, TokenStream
 from eulerforge.errors import ResumeError

@@ -16,7 +16,8 @@ import pytest
 
 from eulerforge.data import token_files
 from eulerforge.data.build import Report
-from eulerforge.data.cache import CacheSpec, TokenCache, Voice, open_manifest, open_or_build
+from eulerforge.data.cache import CacheSpec, Voice, open_or_build
+from eulerforge.data.manifest import TokenCache, open_manifest
 from eulerforge.data.readers import DocumentCounts
 from eulerforge.data.sources import SourceFile, resolve_files
 from eulerforge.data.token_files import TokenFile, describe, index_of
