@@ -143,7 +143,7 @@ class PeerFailedError(EulerForgeError):
 
 
 class PreparationError(EulerForgeError):
-    """Tokenising could not go on, for no fault of the input. Finished parts are kept."""
+    """Tokens could not be made or read any more, for no fault of the input. Finished parts are kept."""
 
     default_see = "docs/data.md"
 

@@ -79,7 +79,7 @@ def _unfinished(root: Path) -> Iterator[Path]:
 
 
 def remove(root: Path, key: str) -> int:
-    """Remove a corpus, and its shards that no other one uses; the bytes freed. Running trainings keep what they read.
+    """Remove a corpus, and its shards that no other one uses; the bytes freed. A training that reads it fails.
 
     Raises:
         DataError: a process is building it.

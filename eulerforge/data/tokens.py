@@ -16,6 +16,8 @@ from typing import IO, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from eulerforge.errors import PreparationError
+
 _OPEN_FILES = 64
 _OPEN_INDICES = 16
 
@@ -95,12 +97,15 @@ class TokenStream:
 
     def _read_shard(self, shard: Shard, start: int, count: int) -> npt.NDArray[np.unsignedinteger]:
         dtype = np.dtype(shard.dtype)
-        with self._lock:
-            handle = self._files.get(shard.tokens_file)
-            handle.seek(shard.header + start * dtype.itemsize)
-            data = handle.read(count * dtype.itemsize)
+        try:
+            with self._lock:
+                handle = self._files.get(shard.tokens_file)
+                handle.seek(shard.header + start * dtype.itemsize)
+                data = handle.read(count * dtype.itemsize)
+        except OSError as error:
+            raise _lost(shard.tokens_file, error.strerror) from None
         if len(data) < count * dtype.itemsize:
-            raise EOFError(f"{shard.tokens_file} was cut off while it was in use")
+            raise _lost(shard.tokens_file, "it is shorter than it was")
         return np.frombuffer(data, dtype=dtype)
 
     def ends(self, shard: int) -> npt.NDArray[np.int64]:
@@ -108,8 +113,12 @@ class TokenStream:
         return self._index(shard, "ends.bin")
 
     def _index(self, shard: int, name: str) -> npt.NDArray[np.int64]:
-        with self._lock:
-            return self._indices.get(self.shards[shard].folder / name)
+        path = self.shards[shard].folder / name
+        try:
+            with self._lock:
+                return self._indices.get(path)
+        except OSError as error:
+            raise _lost(path, error.strerror) from None
 
     def document_start(self, document: int) -> int:
         """Position of a document's first token; of the end for `documents`."""
@@ -214,6 +223,14 @@ class Span:
         ends = self.stream.ends(piece.shard)
         first = int(ends[piece.low - 1]) if piece.low else 0
         return np.diff(ends[piece.low : piece.high], prepend=first)
+
+
+def _lost(path: Path, why: str | None) -> PreparationError:
+    """The end of a run whose token cache has been removed or damaged under it."""
+    return PreparationError(
+        f"{path} cannot be read any more: {why}",
+        "put it back, or run again with --resume: the token cache is then built again",
+    )
 
 
 def _mapped(path: Path) -> npt.NDArray[np.int64]:

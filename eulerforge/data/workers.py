@@ -84,7 +84,7 @@ class _Worker:
     def _alive(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self.process.join()
             raise PreparationError(
                 f"a tokenising process ended without a word (exit code {self.process.exitcode}; -9 is what the "

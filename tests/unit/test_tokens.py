@@ -17,6 +17,7 @@ import pytest
 
 from eulerforge.data import tokens
 from eulerforge.data.tokens import Piece, TokenStream
+from eulerforge.errors import PreparationError
 from tests.kit.streams import Documents, make_stream, write_shard
 
 WIDTHS = ["<u2", "<u4", "<u2", "<i8", ">u2"]
@@ -208,7 +209,7 @@ def test_a_stream_may_be_read_from_several_threads(tmp_path: Path, monkeypatch: 
     assert wrong == []
 
 
-def test_a_running_training_keeps_what_it_reads_when_the_cache_is_removed(tmp_path: Path) -> None:
+def test_a_file_that_has_been_opened_can_be_read_after_its_removal(tmp_path: Path) -> None:
     stream = make_stream(tmp_path / "s", [[1, 2, 3]])
     assert stream.read(0, 1).tolist() == [1]
     shutil.rmtree(tmp_path / "s")
@@ -220,9 +221,21 @@ def test_tokens_that_are_cut_off_while_in_use_are_named(tmp_path: Path) -> None:
     path = stream.shards[0].tokens_file
     os.truncate(path, 4)
     assert stream.read(0, 2).tolist() == [1, 2]
-    with pytest.raises(EOFError) as caught:
+    with pytest.raises(PreparationError) as caught:
         stream.read(1, 3)
-    assert str(caught.value) == f"{path} was cut off while it was in use"
+    assert str(caught.value) == f"{path} cannot be read any more: it is shorter than it was"
+
+
+def test_a_cache_that_is_removed_while_in_use_ends_the_run_with_advice(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path / "s", [[1, 2, 3]])
+    path = stream.shards[0].tokens_file
+    shutil.rmtree(tmp_path / "s")
+    for read, missing in ((lambda: stream.read(0, 1), path), (lambda: stream.ends(0), path.with_name("ends.bin"))):
+        with pytest.raises(PreparationError) as caught:
+            read()
+        assert str(caught.value) == f"{missing} cannot be read any more: No such file or directory"
+        assert "--resume" in caught.value.problems[0].fix
+        assert caught.value.exit_code == 1
 
 
 def test_the_kit_writes_what_a_shard_is(tmp_path: Path) -> None:
