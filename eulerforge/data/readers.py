@@ -26,6 +26,7 @@ from eulerforge.errors import DataError
 _BOM = b"\xef\xbb\xbf"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN_KEYS = 12
+_SHOWN_LENGTH = 60
 _BLOCK = 2**20
 _PARQUET_ROWS = 1024
 
@@ -289,7 +290,7 @@ def _column(record: dict[str, Any], text_column: str) -> Any:
     value: Any = record
     for part in text_column.split("."):
         if not isinstance(value, dict) or part not in value:
-            keys = ", ".join(map(repr, list(record)[:_SHOWN_KEYS])) or "none"
+            keys = ", ".join(repr(key[:_SHOWN_LENGTH]) for key in list(record)[:_SHOWN_KEYS]) or "none"
             more = ", ..." if len(record) > _SHOWN_KEYS else ""
             return BadRecord(
                 "no text column",

@@ -11,7 +11,9 @@ token ids, anything else is JSON lines.
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,7 +38,21 @@ _KINDS = {
 }
 """What counts in a directory, by suffix."""
 
+_HEAD = 4096
+"""Bytes by which a file is told."""
+
 _GZIP, _ZSTD, _PARQUET, _NUMPY = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"\x93NUM"
+_FOREIGN = {
+    b"\xfd7zXZ\0": "xz",
+    b"PK\3\4": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "rar",
+}
+"""First bytes of what is not read. Taken for JSON lines, its lines would be bad ones, to be skipped in silence."""
+
+_TAR = 257
+"""Where a tar archive says `ustar`."""
+
 _PACKAGES = {"zstd": "zstandard", "parquet": "pyarrow"}
 
 
@@ -183,7 +199,8 @@ def _files_of_directory(folder: Path, key: str) -> list[Path]:
     if len(found) > 1:
         # Which of them are the corpus is not ours to guess: a README.txt is none, notes in .txt may be one.
         counts = ", ".join(f"{len(files)} {kind} ({files[0].name})" for kind, files in sorted(found.items()))
-        example = _name_suffix(found.get("records", max(found.values(), key=len))[0])
+        most = max(found, key=lambda kind: (len(found[kind]), kind == "records"))
+        example = _name_suffix(found[most][0])
         raise DataError(
             f"{key}: the directory {folder} holds files of several kinds: {counts}",
             f"say which are meant with a glob, for example {folder}/**/*{example}*",
@@ -210,7 +227,7 @@ def _look_at(path: Path, key: str) -> SourceFile:
         raise DataError(f"{key}: {path} is not a regular file (a pipe or device)", "give a JSONL file on disk")
     try:
         with path.open("rb") as handle:
-            head = handle.read(4)
+            head = handle.read(_HEAD)
             status = path.stat()
     except FileNotFoundError:
         raise DataError(f"{key}: {path} does not exist", f"set {key} to an existing JSONL file") from None
@@ -224,9 +241,31 @@ def _look_at(path: Path, key: str) -> SourceFile:
                 f"{key}: {path} is a {feature} file, and the package {package} is not installed",
                 f"pip install {package} (or eulerforge[data])",
             )
+    _refuse_foreign(path, head, key)
+    if compression == "none" and 0 < len(head) < 4 and path.name.lower().endswith(_COMPRESSED):
+        raise DataError(f"{key}: {path} is a cut-off compressed file", "copy or download the file again")
     if compression != "none" and format_ in ("npy", "bin"):
         raise DataError(f"{key}: {path} holds compressed token ids, which cannot be read in place", "unpack it")
     return SourceFile(path, format_, compression, status.st_size, status.st_mtime_ns)
+
+
+def _refuse_foreign(path: Path, head: bytes, key: str) -> None:
+    """Refuse archives and other compressions, also inside gzip."""
+    content = head
+    if head[:2] == _GZIP:
+        with contextlib.suppress(zlib.error):  # a damaged file is named when it is read
+            content = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, _HEAD)
+    kinds = [name for magic, name in _FOREIGN.items() if content.startswith(magic)]
+    if content[:3] == b"BZh" and content[4:10] == b"1AY&SY":
+        kinds.append("bzip2")
+    if content[_TAR : _TAR + 5] == b"ustar":
+        kinds.append("tar")
+    if content is not head and content[:4] in (_PARQUET, _NUMPY):
+        kinds.append("compressed binary")
+    if kinds:
+        raise DataError(
+            f"{key}: {path} is a {kinds[0]} file, which is not read", "unpack it, or pack it with gzip or zstd"
+        )
 
 
 def _compression(head: bytes) -> Compression:
@@ -234,14 +273,14 @@ def _compression(head: bytes) -> Compression:
         return "gzip"
     # Files of several frames may begin with one to be skipped (0x184D2A5?), which holds a table.
     skippable = head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F
-    return "zstd" if head == _ZSTD or skippable else "none"
+    return "zstd" if head[:4] == _ZSTD or skippable else "none"
 
 
 def _format(path: Path, head: bytes) -> Format:
-    if head == _PARQUET:
+    if head[:4] == _PARQUET:
         return "parquet"
     suffix = _name_suffix(path)
-    if head == _NUMPY or suffix == ".npy":
+    if head[:4] == _NUMPY or suffix == ".npy":
         return "npy"
     if suffix == ".bin":
         return "bin"

@@ -359,6 +359,13 @@ def test_many_keys_are_shown_in_part(tmp_path: Path) -> None:
     assert str(caught.value) == f"{path}:1: no key 'text'; keys found: {shown}, ..."
 
 
+def test_long_keys_are_shown_in_part(tmp_path: Path) -> None:
+    path = _file(tmp_path, json.dumps({"k" * 3000: 0}).encode())
+    with pytest.raises(DataError) as caught:
+        _read(path)
+    assert str(caught.value) == f"{path}:1: no key 'text'; keys found: '{'k' * 60}'"
+
+
 def test_counts_add_up() -> None:
     counts = DocumentCounts(1, 2, 3, {"a": 4})
     counts.add(DocumentCounts(10, 20, 30, {"a": 40, "b": 50}))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
+import tarfile
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -403,3 +407,56 @@ def test_values_of_data_path_that_mean_nothing(value: Any, message: str) -> None
     with pytest.raises(ValueError, match=r"must|has") as caught:
         to_data_path(value)
     assert str(caught.value) == message
+
+
+def _tar() -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        entry = tarfile.TarInfo("a.jsonl")
+        entry.size = len(LINE)
+        archive.addfile(entry, io.BytesIO(LINE))
+    return target.getvalue()
+
+
+def _zip() -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("a.jsonl", LINE)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.jsonl.bz2", bz2.compress(LINE), "bzip2"),
+        ("a.jsonl.xz", lzma.compress(LINE), "xz"),
+        ("a.zip", _zip(), "zip"),
+        ("a.jsonl", _zip(), "zip"),
+        ("a.tar", _tar(), "tar"),
+        ("a.tar.gz", gzip.compress(_tar()), "tar"),
+        ("a.parquet.gz", gzip.compress(_parquet()), "compressed binary"),
+        ("a.jsonl.gz", gzip.compress(_numpy()), "compressed binary"),
+    ],
+)
+def test_what_is_not_read_is_not_taken_for_bad_json_lines(
+    tmp_path: Path, name: str, content: bytes, kind: str
+) -> None:
+    """Its lines could be skipped in silence."""
+    path = _file(tmp_path, content, name)
+    with pytest.raises(DataError) as caught:
+        resolve_files(str(path))
+    assert str(caught.value) == f"data.path: {path} is a {kind} file, which is not read"
+
+
+@pytest.mark.parametrize("content", [b"BZhang wrote this.\n", b"Rar! it said\n", b"PK is a name\n"])
+def test_a_text_that_begins_like_an_archive_is_text(tmp_path: Path, content: bytes) -> None:
+    (file,) = resolve_files(str(_file(tmp_path, content, "a.txt")))
+    assert (file.format, file.compression) == ("text", "none")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl.gz", gzip.compress(LINE)[:1]), ("a.jsonl.zst", ZSTD[:3])])
+def test_a_compressed_file_of_a_few_bytes_is_cut_off(tmp_path: Path, name: str, content: bytes) -> None:
+    path = _file(tmp_path, content, name)
+    with pytest.raises(DataError) as caught:
+        resolve_files(str(path))
+    assert str(caught.value) == f"data.path: {path} is a cut-off compressed file"
