@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,12 @@ from eulerforge.data.rows import MicroBatch
 
 _AHEAD = 2
 """Steps that are ready, or being made, before they are asked for."""
+
+
+def _leave_signals() -> None:
+    """Leave signals to the main thread, which handles them: what another thread is given does not wake it up."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM})
 
 
 class BatchLoader:
@@ -27,7 +34,7 @@ class BatchLoader:
         self._make = make
         self._device = device
         self._steps = steps
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=_leave_signals)
         self._pending: dict[int, Future[tuple[list[MicroBatch], Any]]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -167,3 +168,18 @@ def test_batches_on_a_gpu_are_those_that_were_made() -> None:
         assert all(batch.input_ids.is_cuda for batch in batches)
         assert _seen(batches) == [[step, 0], [step, 1]]
     load.close()
+
+
+def test_signals_are_left_to_the_main_thread() -> None:
+    """One that another thread is given does not wake the main thread up, and comes out of order."""
+    masks: list[set[int]] = []
+
+    def make(step: int) -> list[MicroBatch]:
+        masks.append({int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])})
+        return []
+
+    load = BatchLoader(make, torch.device("cpu"), 1)
+    load(0)
+    load.close()
+    assert masks[0] >= {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
