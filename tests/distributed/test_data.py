@@ -89,31 +89,22 @@ def one(corpus: Workspace) -> list[list[tuple[int, ...]]]:
     return _rows(corpus, "one", 1)
 
 
-@pytest.mark.parametrize(("nproc", "workers"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_a_step_has_the_same_rows_on_any_number_of_ranks_and_workers(
     corpus: Workspace, one: list[list[tuple[int, ...]]], nproc: int, workers: int
 ) -> None:
-    """With workers the corpus is cut into some ten shards, each made by another process than the one before. Of all
-    ranks, which begin at once with an empty cache, one builds."""
+    """The corpus is cut into about ten shards, which the workers share. Of all ranks, which begin at once with an
+    empty cache, one builds."""
     name = f"several-{nproc}-{workers}"
-    result = _run(corpus, name, nproc, data__num_workers=workers)
+    result = _run(corpus, name, nproc, shard_bytes=130, data__num_workers=workers)
+    assert len(list((corpus.path / f"cache-{name}" / "shards").iterdir())) >= 8
+    assert result.out.count("Tokenizing 1 file") == 1
+    assert result.out.count(" with 2 processes") == (workers == 2)
+    assert len(list((corpus.path / f"cache-{name}" / "corpora").iterdir())) == 1
     assert _rows(corpus, name, nproc) == one
     assert _hashes(corpus, name) == _hashes(corpus, "one")
     assert len(set(_hashes(corpus, "one"))) == STEPS
-    assert result.out.count("Tokenizing 1 file") == 1
-    assert len(list((corpus.path / f"cache-{name}" / "corpora").iterdir())) == 1
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_rows_do_not_depend_on_shards_and_tokenising_processes(
-    corpus: Workspace, one: list[list[tuple[int, ...]]], workers: int
-) -> None:
-    """About ten shards, by one process and by two."""
-    name = f"shards-{workers}"
-    result = _run(corpus, name, 1, shard_bytes=130, data__num_workers=workers)
-    assert len(list((corpus.path / f"cache-{name}" / "shards").iterdir())) >= 8
-    assert ("with 2 processes" in result.out) == (workers == 2)
-    assert _rows(corpus, name, 1) == one
 
 
 def test_three_epochs_are_three_orders_of_the_whole_corpus(one: list[list[tuple[int, ...]]]) -> None:
@@ -130,7 +121,7 @@ def test_a_run_goes_on_with_the_same_rows_on_other_numbers_of_ranks(
 ) -> None:
     """Stops within an epoch, at the end of one, and after a single step."""
     seen: list[list[tuple[int, ...]]] = []
-    for last, nproc in ((5, 1), (12, 2), (13, 1), (20, 2), (STEPS, 1)):
+    for last, nproc in ((5, 1), (12, 2), (13, 4), (20, 2), (STEPS, 1)):
         _run(corpus, "goes-on", nproc, "--resume", training__max_steps=last)
         seen += _rows(corpus, "goes-on", nproc)
         assert len(seen) == last
@@ -247,9 +238,9 @@ def test_documents_are_kept_apart_alike_on_any_number_of_ranks(workspace: Worksp
     expected = _curve(workspace, "one")
     for name in ("ddp", "fsdp"):
         for own, other in zip(_curve(workspace, name), expected, strict=True):
-            assert own == pytest.approx(other, abs=1e-5, rel=1e-5)
+            assert own == pytest.approx(other, abs=1e-5, rel=0)
     for own, other in zip(_curve(workspace, "together"), expected, strict=True):
-        assert abs(own[0] - other[0]) > 1e-4
+        assert all(abs(together - apart) > 1e-4 for together, apart in zip(own, other, strict=True))
     assert _hashes(workspace, "one") == _hashes(workspace, "together")
 
 
