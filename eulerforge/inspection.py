@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.corpus import Corpus, CorpusCaches, make_corpus
-from eulerforge.data.manifest import TokenCache, open_manifest
+from eulerforge.data.manifest import DAMAGE, TokenCache, open_manifest
 from eulerforge.data.rows import JoinedRows, StepPlan, hash_sums, row_hash, step_hash
 from eulerforge.data.sources import CorpusPart
-from eulerforge.data.token_files import index_of, table
+from eulerforge.data.token_files import table_in_use, table_rows
 from eulerforge.data.tokens import TokenStream
 from eulerforge.errors import DataError, UsageError
 from eulerforge.models.tokenizer import Tokenizer, load_tokenizer
+
+_TABLE_COLUMNS = 5
+"""Of a table of documents: start, end, id, source, line."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,75 @@ class ShownStep:
 
 
 @dataclass(frozen=True)
+class RunPart:
+    """A part of a run's corpus, as pretrain_config.json has it.
+
+    Attributes:
+        files: of the part, as they were.
+        manifest: of its token cache.
+    """
+
+    part: CorpusPart
+    files: tuple[Path, ...]
+    manifest: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What pretrain_config.json says of a run's data."""
+
+    preset: PretrainPreset
+    parts: tuple[RunPart, ...]
+    rows_per_step: int
+    tokenizer: str
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Read it from a run directory.
+
+        Raises:
+            UsageError: there is none, or another version wrote it.
+        """
+        path = folder / "pretrain_config.json"
+        try:
+            config = json.loads(path.read_bytes())
+            data = config["data"]
+            return cls(
+                PretrainPreset.model_validate(config["preset"]),
+                tuple(map(_read_part, data["parts"])),
+                int(data["rows_per_step"]),
+                str(config["tokenizer"]["name"]),
+            )
+        except FileNotFoundError:
+            raise UsageError(f"--run: {folder} holds no {path.name}", "give the directory of a run") from None
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UsageError(
+                f"--run: {path} cannot be read, or was written by another version", "give the directory of a run"
+            ) from None
+
+
+def _read_part(values: dict[str, Any]) -> RunPart:
+    part = CorpusPart(values["path"], Fraction(str(values["weight"])), ())
+    return RunPart(part, tuple(map(Path, values["files"])), Path(values["cache"]), values["digest"])
+
+
+@dataclass(frozen=True)
 class OpenedRun:
     """A run whose data can be looked at."""
 
-    preset: PretrainPreset
-    parts: tuple[CorpusPart, ...]
-    files: tuple[tuple[Path, ...], ...]
+    record: RunRecord
     corpus: Corpus
     tokenizer: Tokenizer
-    rows_per_step: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return self.record.preset.training.max_steps
 
     def step(self, number: int) -> ShownStep:
         """What a step (1-based) has trained on."""
-        numbers = StepPlan(self.corpus.order, self.rows_per_step, 1, 1).rows(number - 1)
+        numbers = StepPlan(self.corpus.order, self.record.rows_per_step, 1, 1).rows(number - 1)
         hashes = [row_hash(place, self.corpus.rows[row]) for place, row in enumerate(numbers)]
         rows = tuple(self._row(place, row) for place, row in enumerate(numbers))
         return ShownStep(rows, step_hash(*hash_sums(hashes)))
@@ -104,71 +162,58 @@ class OpenedRun:
                     self.tokenizer.decode(ids[first:end].tolist()),
                 )
             )
-        return ShownRow(place, inside, self.parts[source].name, len(ids), tuple(documents))
+        return ShownRow(place, inside, self.record.parts[source].part.name, len(ids), tuple(documents))
 
     def _location(self, source: int, stream: TokenStream, document: int) -> str:
         try:
             file, line = stream.location(document)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except DAMAGE as error:
             advice = "remove it with `eulerforge cache rm` and make it again with `eulerforge prepare`"
             raise DataError(f"the token cache of this run is damaged: {error}", advice) from None
-        path = self.files[source][file]
-        index = index_of(path)
-        if index is None or not index.is_file():
+        path = self.record.parts[source].files[file]
+        table = table_in_use(path)
+        row = [] if table is None else next(islice(table_rows(table), line - 1, line), [])
+        if len(row) < _TABLE_COLUMNS:
             return f"{path}:{line}"
-        _, _, name, origin, row = next(islice(table(index), line - 1, line))
-        return f"{path}:{line} ({origin}:{row} {name})".rstrip()
+        name, origin, origin_line = row[2:_TABLE_COLUMNS]
+        return f"{path}:{line} ({origin}:{origin_line} {name})"
 
 
-def open_run(folder: Path, config: dict[str, Any]) -> OpenedRun:
+def open_run(folder: Path) -> OpenedRun:
     """Open the data of a run.
 
     Args:
         folder: the run directory.
-        config: its pretrain_config.json.
 
     Raises:
-        UsageError: the config is another version's.
+        UsageError: it is no run directory, or another version's.
         DataError: the token cache is gone, or is not the one that the run used.
     """
-    try:
-        preset = PretrainPreset.model_validate(config["preset"])
-    except ValidationError as error:
-        raise UsageError(
-            f"--run: the preset in {folder / 'pretrain_config.json'} was written by another version "
-            f"({error.error_count()} keys differ)",
-            "use the version that trained the run",
-        ) from None
-    data = config["data"]
-    caches = tuple(_open_cache(part) for part in data["parts"])
-    parts = tuple(CorpusPart(part["path"], _weight(part), ()) for part in data["parts"])
-    files = tuple(tuple(Path(file) for file in part["files"]) for part in data["parts"])
-    corpus = make_corpus(preset, parts, CorpusCaches(caches, None), say=lambda line: None)
-    tokenizer = load_tokenizer(_tokenizer_of(folder, config), preset.trust_remote_code, False, False)
-    return OpenedRun(preset, parts, files, corpus, tokenizer, data["rows_per_step"])
+    record = RunRecord.read(folder)
+    caches = tuple(map(_open_cache, record.parts))
+    parts = [part.part for part in record.parts]
+    corpus = make_corpus(record.preset, parts, CorpusCaches(caches, None), say=lambda line: None)
+    name = _saved_tokenizer(folder) or record.tokenizer
+    return OpenedRun(record, corpus, load_tokenizer(name, record.preset.trust_remote_code, False, False))
 
 
-def _weight(part: dict[str, Any]) -> Fraction:
-    return Fraction(str(part["weight"]))
-
-
-def _open_cache(part: dict[str, Any]) -> TokenCache:
-    manifest = Path(part["cache"])
-    cache = open_manifest(manifest, [Path(file) for file in part["files"]])
+def _open_cache(part: RunPart) -> TokenCache:
+    cache = open_manifest(part.manifest, part.files)
     if cache is None:
         raise DataError(
-            f"the token cache {manifest} of this run is gone or damaged",
+            f"the token cache {part.manifest} of this run is gone or damaged",
             "make it again with `eulerforge prepare` and the preset of the run (the files must be as they were)",
         )
-    if cache.digest != part["digest"]:
-        raise DataError(f"the token cache {manifest} is not as it was when the run used it", "restore the corpus")
+    if cache.digest != part.digest:
+        raise DataError(
+            f"the token cache {part.manifest} is not as it was when the run used it", "restore the corpus"
+        )
     return cache
 
 
-def _tokenizer_of(folder: Path, config: dict[str, Any]) -> str:
-    """The tokenizer that the run has saved, else the one that it was given."""
-    saved = [folder / "final", *sorted(folder.glob("checkpoint-*"))]
-    for directory in saved:
+def _saved_tokenizer(folder: Path) -> str | None:
+    """The tokenizer that a run has saved."""
+    for directory in (folder / "final", *sorted(folder.glob("checkpoint-*"))):
         if (directory / "tokenizer_config.json").is_file():
             return str(directory)
-    return str(config["tokenizer"]["name"])
+    return None

@@ -6,10 +6,13 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eulerforge.config.paths import expand_path
 from eulerforge.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from eulerforge.inspection import ShownStep
 
 _SHOWN_CHARACTERS = 200
 
@@ -34,14 +37,14 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     folder = expand_path(arguments.folder, "--run", UsageError)
-    config = _read_config(folder)
 
     from eulerforge.inspection import open_run
 
-    opened = open_run(folder, config)
-    last = opened.preset.training.max_steps
-    if not 1 <= arguments.step <= last:
-        raise UsageError(f"--step {arguments.step} is not a step of this run", f"give a step from 1 to {last}")
+    opened = open_run(folder)
+    if not 1 <= arguments.step <= opened.steps:
+        raise UsageError(
+            f"--step {arguments.step} is not a step of this run", f"give a step from 1 to {opened.steps}"
+        )
     step = opened.step(arguments.step)
     if arguments.json:
         for row in step.rows:
@@ -61,20 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "pretrain_config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        config["preset"]["training"], config["data"]["parts"]
-    except FileNotFoundError:
-        raise UsageError(f"--run: {folder} holds no pretrain_config.json", "give the directory of a run") from None
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UsageError(
-            f"--run: {path} cannot be read, or was written by another version", "give the directory of a run"
-        ) from None
-    return config
-
-
 def _recorded_hash(folder: Path, step: int) -> str | None:
     path = folder / "metrics.jsonl"
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -87,7 +76,7 @@ def _recorded_hash(folder: Path, step: int) -> str | None:
     return None
 
 
-def _lines(step: Any, full: bool) -> Iterator[str]:
+def _lines(step: ShownStep, full: bool) -> Iterator[str]:
     for row in step.rows:
         yield f"row {row.place}: chunk {row.row} of {row.source}, {row.tokens} tokens"
         for document in row.documents:

@@ -24,7 +24,7 @@ from eulerforge.data.readers import BadRecord, DocumentCounts, Record, RecordRea
 from eulerforge.data.shards import BadLine, Cursor, ShardMeta, ShardWriter, new_shard
 from eulerforge.data.sources import SourceFile
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SHARD_BYTES = 8 * 2**20
 """Bytes of text in a shard of a small file: about 2 M tokens, some seconds of work."""
 

@@ -76,7 +76,6 @@ def _shard_values(name: str, meta: ShardMeta, task: Task, first_line: int) -> di
         "id": name,
         "tokens": meta.tokens,
         "documents": meta.documents,
-        "trainable": meta.trainable,
         "dtype": meta.dtype,
         "first_file": task.first_file,
         "first_line": first_line,
@@ -122,7 +121,6 @@ def _open_shard(values: dict[str, Any], shards: Path, files: Sequence[Path]) -> 
         values["dtype"],
         values["tokens"],
         values["documents"],
-        values["trainable"],
         values["first_file"],
         values["first_line"],
     )

@@ -91,7 +91,6 @@ class ShardMeta:
 
     Attributes:
         dtype: of its ids, as NumPy writes it.
-        trainable: documents of at least two tokens.
         digest: value of `ContentDigest`, hexadecimal.
         sha256: over the hashes of its own files.
         files: documents of each file, in order: [number of the file in the task, documents].
@@ -104,7 +103,6 @@ class ShardMeta:
     dtype: str
     documents: int = 0
     tokens: int = 0
-    trainable: int = 0
     digest: str = "0"
     sha256: str = ""
     counts: DocumentCounts = field(default_factory=DocumentCounts)
@@ -198,7 +196,6 @@ class ShardWriter:
         self._write("lines.bin", np.array(lines, dtype="<i8").tobytes())
         meta.tokens += len(ids)
         meta.documents += len(lengths)
-        meta.trainable += sum(length >= 2 for length in lengths)
         if not meta.files or meta.files[-1][0] != file:
             meta.files.append([file, 0])
         meta.files[-1][1] += len(lengths)

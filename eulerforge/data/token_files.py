@@ -50,6 +50,16 @@ def index_of(path: Path) -> Path | None:
     return table if path.name.endswith(".npy") and table.is_file() else None
 
 
+def table_in_use(path: Path) -> Path | None:
+    """The table of documents that is used for a file: that beside a raw map. A `.npy` with a header needs none."""
+    return None if _is_numpy(path) else index_of(path)
+
+
+def _is_numpy(path: Path) -> bool:
+    with path.open("rb") as handle:
+        return handle.read(6) == b"\x93NUMPY"
+
+
 def describe(file: SourceFile, token_dtype: str | None) -> TokenFile:
     """Find out how the ids of a file are stored.
 
@@ -59,9 +69,7 @@ def describe(file: SourceFile, token_dtype: str | None) -> TokenFile:
     Raises:
         DataError: it is not known, or the file cannot hold ids of it.
     """
-    with file.path.open("rb") as handle:
-        is_numpy = handle.read(6) == b"\x93NUMPY"
-    if is_numpy:
+    if _is_numpy(file.path):
         return _describe_numpy(file)
     index = index_of(file.path)
     if token_dtype is None:
@@ -172,11 +180,11 @@ def _last_end(index: Path) -> int:
 
 
 def _rows(index: Path) -> Iterator[tuple[int, int]]:
-    for row in table(index):
+    for row in table_rows(index):
         yield int(row[0]), int(row[1])
 
 
-def table(index: Path) -> Iterator[list[str]]:
+def table_rows(index: Path) -> Iterator[list[str]]:
     """The rows of a table of documents: start, end, id, source, line.
 
     Raises:

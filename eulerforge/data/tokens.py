@@ -16,6 +16,7 @@ from typing import IO, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from eulerforge.data.shards import ShardMeta
 from eulerforge.errors import PreparationError
 
 _OPEN_FILES = 64
@@ -44,7 +45,6 @@ class Shard:
     dtype: str
     tokens: int
     documents: int
-    trainable: int
     first_file: int
     first_line: int
 
@@ -150,8 +150,6 @@ class TokenStream:
 
     def location(self, document: int) -> tuple[int, int]:
         """(number of the file in the corpus, 1-based line or row) of a document."""
-        from eulerforge.data.shards import ShardMeta
-
         number, inside = self._place(document)
         shard = self.shards[number]
         line = int(self._index(number, "lines.bin")[inside])

@@ -46,12 +46,11 @@ def write_shard(
         dtype,
         documents=len(documents),
         tokens=len(ids),
-        trainable=sum(len(document) >= 2 for document in documents),
         files=[list(pair) for pair in files or [(0, len(documents))]],
         external=header or None,
     )
     (folder / "shard.json").write_text(json.dumps(asdict(meta)))
-    return Shard(folder, tokens_file, header, dtype, len(ids), len(documents), meta.trainable, first_file, first_line)
+    return Shard(folder, tokens_file, header, dtype, len(ids), len(documents), first_file, first_line)
 
 
 def make_stream(folder: Path, *shards: Documents, dtypes: Sequence[str] = ("<u2",)) -> TokenStream:

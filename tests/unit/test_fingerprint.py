@@ -88,7 +88,7 @@ def _preset(folder: Path, *overrides: str) -> PretrainPreset:
 
 
 def _cache(tokens: int = 2000, documents: int = 3, digest: str = "d1" * 32) -> TokenCache:
-    shard = Shard(Path("s"), Path("s/tokens.bin"), 0, "<u2", tokens, documents, documents, 0, 0)
+    shard = Shard(Path("s"), Path("s/tokens.bin"), 0, "<u2", tokens, documents, 0, 0)
     return TokenCache(Path("c"), TokenStream([shard]), DocumentCounts(), digest, True)
 
 

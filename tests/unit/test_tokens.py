@@ -244,5 +244,5 @@ def test_the_kit_writes_what_a_shard_is(tmp_path: Path) -> None:
 
     shard = write_shard(tmp_path / "a", [[1, 2], [], [3]])
     meta = ShardMeta.read(shard.folder)
-    assert (meta.documents, meta.tokens, meta.trainable, meta.files) == (3, 3, 1, [[0, 3]])
+    assert (meta.documents, meta.tokens, meta.files) == (3, 3, [[0, 3]])
     assert json.loads((shard.folder / "shard.json").read_bytes())["dtype"] == "<u2"
