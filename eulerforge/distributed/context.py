@@ -97,12 +97,14 @@ class ProcessContext:
         if self.store is None:
             return not stop()
         verdict = f"meet/{name}/verdict"
-        arrived = self.store.add(f"meet/{name}", 1)
+        called_off = stop()
+        # Who comes to call it off does not arrive: with its number complete, the others would hold it.
+        arrived = 0 if called_off else self.store.add(f"meet/{name}", 1)
         while True:
-            if stop() or arrived == self.world_size:
+            if called_off or stop() or arrived == self.world_size:
                 # Of two processes that see it differently at the same time, the first decides for both.
-                held = b"off" if stop() else b"held"
-                return self.store.compare_set(verdict, "", held.decode()) == b"held"
+                outcome = "off" if called_off or stop() else "held"
+                return self.store.compare_set(verdict, "", outcome) == b"held"
             if self.store.check([verdict]):
                 return self.store.get(verdict) == b"held"
             time.sleep(_POLL_SECONDS)
