@@ -75,15 +75,17 @@ def _worker(folder: Path) -> None:
     from eulerforge.metrics.console import Console
     from eulerforge.models.stats import count_parameters
     from eulerforge.models.tokenizer import load_tokenizer
-    from eulerforge.preflight import inspect
+    from eulerforge.preflight import inspect, precision_request
     from eulerforge.train.load import ModelRequest, load_model
 
     flight = inspect(load_preset(folder / "preset.yml"))
     context = start_processes("cpu", int(os.environ.get("WORLD_SIZE", "1")), 600)
     tokenizer = load_tokenizer(flight.corpus.tokenizer, False, False, True)
     silent = Console("Benchmark", enabled=False)
-    request = ModelRequest(flight.directory, flight.precision, flight.preset, tokenizer, context, silent)
-    model, _ = load_model(request)
+    wanted = precision_request(flight.preset)
+    model = load_model(
+        ModelRequest(flight.directory, flight.blocks, wanted, flight.preset, tokenizer, context, silent)
+    ).model
     peak = int(
         next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1]
     )

@@ -23,8 +23,9 @@ from eulerforge.metrics.meters import counted
 from eulerforge.metrics.trackers import CompositeTracker, ConsoleTracker, JsonlTracker, TensorBoardTracker, Tracker
 from eulerforge.models.build import embedding_rows
 from eulerforge.models.forward import CausalForward
-from eulerforge.optim.optimizer import build_adamw
+from eulerforge.optim.optimizer import build_optimizer
 from eulerforge.optim.schedules import learning_rate
+from eulerforge.precision.audit import PrecisionAudit
 from eulerforge.train.checkpoint import Checkpointer, CheckpointSettings
 from eulerforge.train.evaluate import Evaluator
 from eulerforge.train.export import write_model_directory
@@ -32,6 +33,7 @@ from eulerforge.train.fingerprint import preset_settings
 from eulerforge.train.loop import LoopParts
 from eulerforge.train.rng import restore_rng, seed_rng
 from eulerforge.train.run_directory import RunDirectory
+from eulerforge.train.scaler import LossScale
 from eulerforge.train.signals import StopWatch
 from eulerforge.train.state import Progress, TrainState
 from eulerforge.train.step import StepParts
@@ -42,10 +44,17 @@ def loop_parts(
     setup: Setup, run: RunDirectory, run_id: str, state: TrainState, tracker: Tracker, watch: StopWatch
 ) -> LoopParts:
     training, context = setup.training, setup.context
-    optimizer = build_adamw(
-        setup.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
+    optimizer = build_optimizer(
+        setup.model,
+        kind=training.optimizer,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        betas=training.betas,
+        eps=training.eps,
+        seed=training.seed,
     )
-    checkpointer = _make_checkpointer(setup, run, run_id, state, optimizer)
+    scale = _loss_scale(setup)
+    checkpointer = _make_checkpointer(setup, run, run_id, state, optimizer, scale)
     _restore(setup, checkpointer)
     plan = StepPlan(setup.corpus.order, training.batch_size, setup.accumulation, context.world_size)
     keep_apart = setup.flight.preset.data.document_mask
@@ -59,11 +68,14 @@ def loop_parts(
             context=context,
             forward=CausalForward(setup.model, setup.parallel.call, setup.document_way),
             optimizer=optimizer,
-            precision=precision_context(setup.flight, context),
+            precision=precision_context(setup.precision, context),
             synchronise=setup.parallel.synchronise,
             max_grad_norm=training.max_grad_norm,
             stop_requested=stop_requested,
             save_failed=lambda: checkpointer.failed,
+            scale=scale,
+            audit=PrecisionAudit(setup.audited),
+            say=setup.console.say,
         ),
         batches=BatchLoader(batches.of_step, context.device, training.max_steps),
         learning_rate=partial(
@@ -79,6 +91,7 @@ def loop_parts(
         save=checkpointer.save,
         wait=checkpointer.wait,
         on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(setup.model), console=setup.console),
+        on_skip=partial(_tell_of_skip, scale=scale, state=state, console=setup.console),
         max_steps=training.max_steps,
         log_steps=training.log_steps,
         save_steps=training.save_steps,
@@ -96,7 +109,7 @@ def _make_evaluator(setup: Setup, stop_requested: Callable[[], bool]) -> Evaluat
         context=context,
         model=setup.model,
         forward=CausalForward(setup.model, document_way=setup.document_way),
-        precision=precision_context(setup.flight, context),
+        precision=precision_context(setup.precision, context),
         settle=setup.parallel.settle,
         batches=HeldOutBatches(
             setup.corpus.validation_rows,
@@ -110,8 +123,29 @@ def _make_evaluator(setup: Setup, stop_requested: Callable[[], bool]) -> Evaluat
     )
 
 
+def _loss_scale(setup: Setup) -> LossScale | None:
+    """As the checkpoint has it, or a new one; None where gradients do not underflow."""
+    if not setup.precision.scales_loss:
+        return None
+    kept = setup.point.progress.loss_scale if setup.point else None
+    return LossScale() if kept is None else LossScale(float(kept[0]), int(kept[1]))
+
+
+def _tell_of_skip(step: int, *, scale: LossScale | None, state: TrainState, console: Console) -> None:
+    assert scale is not None
+    console.say(
+        f"step={step}: gradients overflowed in float16, nothing was updated; loss scale now {scale.value:g} "
+        f"({state.skipped} skipped so far)"
+    )
+
+
 def _make_checkpointer(
-    setup: Setup, run: RunDirectory, run_id: str, state: TrainState, optimizer: torch.optim.Optimizer
+    setup: Setup,
+    run: RunDirectory,
+    run_id: str,
+    state: TrainState,
+    optimizer: torch.optim.Optimizer,
+    scale: LossScale | None,
 ) -> Checkpointer:
     training = setup.training
     settings = preset_settings(setup.flight.preset)
@@ -124,7 +158,10 @@ def _make_checkpointer(
             elapsed=state.elapsed,
             world_size=setup.context.world_size,
             strategy=setup.parallel.strategy,
+            stored=setup.precision.stored,
             masters=setup.masters,
+            skipped=state.skipped,
+            loss_scale=None if scale is None else (scale.value, scale.good_steps),
             fixed=setup.fixed,
             settings=settings,
         )
@@ -208,12 +245,12 @@ def config_snapshot(setup: Setup, run: RunDirectory, run_id: str) -> dict[str, A
         "world_size": setup.context.world_size,
         "grad_accum_steps": setup.accumulation,
         "device": setup.launch.device,
-        "precision": asdict(flight.precision),
+        "precision": asdict(setup.precision),
         "strategy": setup.parallel.strategy,
         "decisions": [
             *setup.launch.reasons,
             f"strategy {setup.parallel.strategy}: {setup.parallel.reason}",
-            f"precision: {flight.precision.reason}",
+            *(f"precision: {line.strip()}" for line in setup.precision.lines()),
         ],
         "model_hints": [asdict(hint) for hint in flight.hints],
         "tokenizer": {"name": tokenizer.name, "vocab": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},

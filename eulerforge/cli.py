@@ -210,6 +210,7 @@ def _pretrain_until(arguments: argparse.Namespace, watch: StopWatch) -> int:
     flight = inspect(loaded, arguments.resume, owns_output=_is_main() and not arguments.node_rank)
     if arguments.validate_only:
         _announce(flight, console)
+        _say_precision(flight, console)
         console.say(f"Device: {flight.preset.device}")
         return 0
     plan = _plan(flight, arguments)
@@ -298,9 +299,13 @@ def _announce(flight: Preflight, console: Console) -> None:
     console.say(f"training.max_steps: {flight.preset.training.max_steps}")
     for hint in flight.hints:
         console.say(hint.line())
-    plan = flight.precision
-    console.say(f"Precision: stored {plan.stored}, compute {plan.compute}, saved {plan.saved} ({plan.reason})")
-    for warning in plan.warnings:
+
+
+def _say_precision(flight: Preflight, console: Console) -> None:
+    """As far as the model directory tells."""
+    for line in flight.precision.lines():
+        console.say(line)
+    for warning in flight.precision.warnings:
         console.warn(warning)
 
 

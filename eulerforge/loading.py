@@ -31,10 +31,12 @@ from eulerforge.models.build import embedding_rows
 from eulerforge.models.document_mask import Way
 from eulerforge.models.document_probe import ProbedModel, find_way
 from eulerforge.models.tokenizer import Tokenizer, adopt_special_ids, load_tokenizer
-from eulerforge.preflight import Preflight
+from eulerforge.precision.audit import AuditedModel
+from eulerforge.precision.plan import PrecisionPlan
+from eulerforge.preflight import Preflight, precision_request
 from eulerforge.train.checkpoint import checkpoint_bytes
 from eulerforge.train.fingerprint import fixed_by_data, fixed_by_input, require_unchanged, setting_changes
-from eulerforge.train.load import ModelRequest, load_model
+from eulerforge.train.load import LoadedModel, ModelRequest, load_model
 from eulerforge.train.resume import choose_checkpoint
 from eulerforge.train.run_directory import DEFAULT_PARENT, RunDirectory
 from eulerforge.train.signals import StopWatch
@@ -64,6 +66,10 @@ class ResumePoint:
     checkpoint: Path
     progress: Progress
 
+    def stored_for(self, dtype: str | None) -> str | None:
+        """How its numbers were stored, for a run that goes on with the same `training.dtype`; else None."""
+        return self.progress.stored if self.progress.settings.get("training.dtype") == dtype else None
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -73,6 +79,8 @@ class Setup:
         point: where the run goes on, None for one that begins.
         buffers: the model's buffers as built.
         corpus: rows and their order.
+        precision: how numbers are held.
+        audited: what the audit of the first step watches.
         document_way: how the model is told of documents that must not see each other, None if they may.
         fixed: what a resume must not change.
         accumulation: micro-batches per step.
@@ -85,6 +93,8 @@ class Setup:
     tokenizer: Tokenizer
     model: Any
     parallel: ParallelModel
+    precision: PrecisionPlan
+    audited: AuditedModel
     buffers: BufferWatch
     corpus: Corpus
     document_way: Way | None
@@ -105,12 +115,12 @@ class Setup:
     @property
     def saved(self) -> torch.dtype:
         """Dtype of saved weights."""
-        return getattr(torch, self.flight.precision.saved)
+        return getattr(torch, self.precision.saved)
 
     @property
     def masters(self) -> bool:
         """Whether a checkpoint must hold weights of its own, because the saved ones are less precise."""
-        return self.flight.precision.saved != self.flight.precision.stored
+        return any(p.is_floating_point() and p.dtype != self.saved for p in self.model.parameters())
 
 
 def set_up(
@@ -136,8 +146,12 @@ def set_up(
     fixed = fixed_by_input(flight.directory, tokenizer, preset, rows_per_step)
     _compare(point, fixed, console)
     console.say(f"Loading model from {flight.directory.path}")
-    request = ModelRequest(flight.directory, flight.precision, preset, tokenizer, context, console)
-    model, parallel = load_model(replace(request, checkpoint=point.checkpoint if point else None))
+    wanted = precision_request(preset)
+    request = ModelRequest(flight.directory, flight.blocks, wanted, preset, tokenizer, context, console)
+    if point is not None:
+        request = replace(request, checkpoint=point.checkpoint, resumed_stored=point.stored_for(wanted.dtype))
+    loaded = load_model(request)
+    model = loaded.model
     for warning in adopt_special_ids(model, tokenizer, flight.directory):
         console.warn(warning)
     voice = Voice(console.say, partial(tokenizing, console))
@@ -149,7 +163,7 @@ def set_up(
     if len(corpus.caches) > 1:
         say_mixture(corpus, flight.corpus.parts, rows_per_step * preset.training.max_steps, console.say)
     model.train()
-    way = _document_way(flight, model, parallel, context)
+    way = _document_way(flight, loaded, context)
     setup = Setup(
         flight=flight,
         launch=launch,
@@ -157,7 +171,9 @@ def set_up(
         point=point,
         tokenizer=tokenizer,
         model=model,
-        parallel=parallel,
+        parallel=loaded.parallel,
+        precision=loaded.precision,
+        audited=loaded.audited,
         buffers=BufferWatch(model),
         corpus=corpus,
         document_way=way,
@@ -174,21 +190,21 @@ def set_up(
     return setup
 
 
-def precision_context(flight: Preflight, context: ProcessContext) -> Callable[[], AbstractContextManager[Any]]:
+def precision_context(plan: PrecisionPlan, context: ProcessContext) -> Callable[[], AbstractContextManager[Any]]:
     """Makes the context of a forward pass: autocast, or nothing."""
-    plan = flight.precision
     if not plan.autocast:
         return contextlib.nullcontext
     return partial(torch.autocast, context.device.type, dtype=getattr(torch, plan.compute))
 
 
-def _document_way(flight: Preflight, model: Any, parallel: ParallelModel, context: ProcessContext) -> Way | None:
+def _document_way(flight: Preflight, loaded: LoadedModel, context: ProcessContext) -> Way | None:
     """How the model keeps documents apart, if it has to; proven by a probe."""
     if not flight.preset.data.document_mask:
         return None
     context.meet("probe")  # forward passes of sharded models are collectives
-    precision = precision_context(flight, context)
-    return find_way(ProbedModel(model, embedding_rows(model), precision, parallel.settle, context.device))
+    precision, settle = precision_context(loaded.precision, context), loaded.parallel.settle
+    rows = embedding_rows(loaded.model)
+    return find_way(ProbedModel(loaded.model, rows, precision, settle, context.device))
 
 
 def _resume_point(flight: Preflight, context: ProcessContext, console: Console) -> ResumePoint | None:

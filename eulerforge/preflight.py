@@ -20,9 +20,9 @@ from eulerforge.config.schema import MixtureSource, PretrainPreset
 from eulerforge.data.readers import DocumentCounts, iter_texts
 from eulerforge.data.sources import CorpusFiles, CorpusPart, SourceFile, resolve_corpus
 from eulerforge.errors import DataError, InputError, ModelError, Problem, TokenizerError
-from eulerforge.models.blocks import find_blocks, refuse_leaking_blocks
+from eulerforge.models.blocks import FoundBlock, find_blocks, refuse_leaking_blocks
 from eulerforge.models.directory import TOKENIZER_FILES, ModelDirectory
-from eulerforge.precision.plan import PrecisionPlan, plan_precision
+from eulerforge.precision.plan import PrecisionPlan, PrecisionRequest, plan_precision
 from eulerforge.train.resume import RunPlan, plan_run
 
 T = TypeVar("T")
@@ -38,7 +38,8 @@ class Preflight:
         hints: training hints of the model's config.json.
         directory: what is known about the model.
         corpus: where the text comes from.
-        precision: how numbers are held.
+        blocks: block families that the directory shows.
+        precision: how numbers are held, as far as the directory tells.
         run_plan: where the run writes, and what it begins with.
     """
 
@@ -47,6 +48,7 @@ class Preflight:
     hints: tuple[Hint, ...]
     directory: ModelDirectory
     corpus: CorpusFiles
+    blocks: tuple[FoundBlock, ...]
     precision: PrecisionPlan
     run_plan: RunPlan
 
@@ -88,8 +90,8 @@ def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool =
     blocks = find_blocks(directory)
     if preset.data.document_mask:
         attempts.run(lambda: refuse_leaking_blocks(blocks))
-    training = preset.training
-    precision = attempts.run(lambda: plan_precision(training.dtype, training.amp, training.precision_check, blocks))
+    request = precision_request(preset)
+    precision = attempts.run(lambda: plan_precision(request, blocks))
     if attempts.failed:
         raise attempts.error()
     assert parts is not None
@@ -99,7 +101,13 @@ def inspect(loaded: LoadedPreset, resume: str | None = None, owns_output: bool =
     assert cache_dir is not None
     assert plan is not None
     corpus = CorpusFiles(parts, validation, cache_dir, tokenizer)
-    return Preflight(loaded, preset, hints, directory, corpus, precision, plan)
+    return Preflight(loaded, preset, hints, directory, corpus, blocks, precision, plan)
+
+
+def precision_request(preset: PretrainPreset) -> PrecisionRequest:
+    """What the preset says about precision."""
+    training = preset.training
+    return PrecisionRequest(training.dtype, training.amp, training.master_weights, training.precision_check)
 
 
 def inspect_corpus(loaded: LoadedPreset) -> CorpusFiles:

@@ -96,7 +96,7 @@ def _train(setup: Setup, run: RunDirectory, watch: StopWatch) -> None:
     point, console = setup.point, setup.console
     state = TrainState()
     if point is not None:
-        state = TrainState(point.progress.step, point.progress.tokens, point.progress.elapsed)
+        state = TrainState(point.progress.step, point.progress.tokens, point.progress.elapsed, point.progress.skipped)
     with run.recorded(state):
         run_id = setup.context.from_main("run id", lambda: _run_id(setup, run))
         run.write_config(config_snapshot(setup, run, run_id))

@@ -16,7 +16,7 @@ LAYERS = (
     {"errors", "files"},
     {"config"},
     {"precision", "models"},
-    {"distributed", "optim", "data", "metrics"},
+    {"distributed", "optim", "data", "metrics", "memory"},
     {"train"},
     {"preflight"},
     {"corpus"},

@@ -1,4 +1,4 @@
-"""Rules between keys, and values that the schema knows but this version cannot honour yet.
+"""Rules between keys.
 
 Pure functions of the preset; the file system is looked at in `preflight.py`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from eulerforge.config.schema import MixtureSource, PretrainPreset
+from eulerforge.config.schema import MixtureSource, PretrainPreset, TrainingSection
 from eulerforge.errors import PresetError
 
 Finding = tuple[str, str, str]
@@ -29,6 +29,7 @@ def cross_field_problems(preset: PretrainPreset) -> Iterator[Finding]:
             f"{training.global_batch_size} is not a multiple of training.batch_size {training.batch_size}",
             "choose a multiple",
         )
+    yield from _precision_problems(training)
     validation = preset.data.validation
     if validation is not None and (validation.path is None) is (validation.fraction is None):
         yield "data.validation", "needs either path or fraction", "set one of data.validation.path and .fraction"
@@ -41,6 +42,34 @@ def cross_field_problems(preset: PretrainPreset) -> Iterator[Finding]:
             yield "data.document_mask", "rows of one document need no mask", "remove it, or set data.packing: true"
     if preset.distributed.replicate > 1 and preset.distributed.strategy != "fsdp":
         yield "distributed.replicate", "replicas of shards need the fsdp strategy", "set distributed.strategy: fsdp"
+
+
+def _precision_problems(training: TrainingSection) -> Iterator[Finding]:
+    dtype, amp, masters = training.dtype, training.amp, training.master_weights
+    if dtype == "float16" and amp is False:
+        yield (
+            "training.amp",
+            "float16 weights underflow; float16 is for the computation, with float32 weights",
+            "leave amp unset",
+        )
+    if amp == "selective" and dtype not in (None, "float32"):
+        yield (
+            "training.amp",
+            f"selective keeps some blocks in float32, which dtype: {dtype} does not have",
+            "set training.dtype: float32 (other blocks are computed in bfloat16)",
+        )
+    if masters is False and (dtype in ("float32", "float16") or amp == "selective"):
+        yield (
+            "training.master_weights",
+            "false stores weights in bfloat16, but dtype and amp ask for float32 weights",
+            "set training.dtype: bfloat16, or leave master_weights unset",
+        )
+    if masters is True and dtype == "bfloat16" and amp is False:
+        yield (
+            "training.master_weights",
+            "amp: false computes in the stored dtype, which would be float32",
+            "leave amp unset (float32 master weights, bfloat16 compute), or set training.master_weights: false",
+        )
 
 
 def grad_accum_steps(preset: PretrainPreset, world_size: int) -> int:
@@ -73,28 +102,4 @@ def check_replicas(preset: PretrainPreset, world_size: int) -> None:
         raise PresetError(
             f"distributed.replicate {replicate} does not divide the {world_size} processes of this run",
             "choose a divisor of the world size",
-        )
-
-
-def unavailable_problems(preset: PretrainPreset) -> Iterator[Finding]:
-    """Values whose machinery is not built yet. Accepting and ignoring them would be a silent fallback."""
-    training = preset.training
-    if training.activation_checkpointing:
-        yield "training.activation_checkpointing", "not available in this version", "set it to false"
-    if training.compile:
-        yield "training.compile", "not available in this version", "set it to false"
-    if training.dtype == "float16":
-        yield "training.dtype", "float16 is not available in this version", "use bfloat16 or float32"
-    if training.amp == "selective":
-        yield (
-            "training.amp",
-            "selective is not available in this version",
-            "use dtype: float32 and amp: false",
-        )
-    if training.dtype == "bfloat16" and training.amp is False:
-        yield (
-            "training.amp",
-            "bfloat16 weights without float32 masters do not move under small updates; "
-            "stochastic rounding is not available in this version",
-            "leave amp unset (float32 master weights, bfloat16 compute)",
         )

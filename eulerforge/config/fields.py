@@ -89,6 +89,17 @@ def to_count_or(word: str) -> Callable[[Any], Any]:
     return lambda value: word if value == word else _to_count(value, word)
 
 
+def to_switch_or(word: str) -> Callable[[Any], Any]:
+    """A validator for true, false, or one word."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or value == word:
+            return value
+        raise ValueError(f"must be true, false or {word}, not {describe(value)}")
+
+    return check
+
+
 def to_checkpointing(value: Any) -> Any:
     """false, true, or every how many blocks."""
     return value if isinstance(value, bool) else _to_count(value, "false, true")

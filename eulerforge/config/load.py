@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from eulerforge.config.checks import cross_field_problems, unavailable_problems
+from eulerforge.config.checks import cross_field_problems
 from eulerforge.config.fields import describe
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.config.yaml_source import KeyPath, YamlDocument, parse_scalar, parse_yaml
@@ -83,10 +83,7 @@ def load_preset(path: Path, overrides: Sequence[str] = ()) -> LoadedPreset:
     except ValidationError as error:
         problems += _schema_problems(error.errors(), places)
     if preset is not None:
-        problems += [
-            Problem(f"{places.of(key)}: {what}", fix)
-            for key, what, fix in (*cross_field_problems(preset), *unavailable_problems(preset))
-        ]
+        problems += [Problem(f"{places.of(key)}: {what}", fix) for key, what, fix in cross_field_problems(preset)]
     if problems or preset is None:
         raise PresetError.of(problems)
     return LoadedPreset(preset, path, tuple(overrides), frozenset(_leaves(document.values)))

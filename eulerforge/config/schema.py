@@ -1,7 +1,7 @@
 """The typed preset: every key of `eulerforge pretrain`, its meaning, unit, range and default, in one place.
 
 The models are frozen and refuse unknown keys. The descriptions become `eulerforge schema`.
-A value that the schema knows but this version cannot honour yet is refused in `checks.py`, never ignored.
+Rules between keys are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from eulerforge.config.fields import (
     to_checkpointing,
     to_count_or,
     to_data_path,
+    to_switch_or,
     to_text,
 )
 
@@ -142,16 +143,30 @@ class TrainingSection(Section):
         None, description="Precision. Default: bfloat16, or float32 when the model holds FFT blocks."
     )
     amp: Annotated[bool | Literal["selective"] | None, BeforeValidator(to_amp)] = Field(
-        None, description="Autocast the forward pass to bfloat16. Default: true for bfloat16, else false."
+        None,
+        description="Autocast the forward pass. selective: to bfloat16, but FFT blocks stay in float32 "
+        "(dtype: float32). Default: true for bfloat16 and float16, else false.",
+    )
+    master_weights: Annotated[bool | Literal["auto"], BeforeValidator(to_switch_or("auto"))] = Field(
+        "auto",
+        description="dtype: bfloat16 only. true: float32 weights and optimiser state. false: all in bfloat16, "
+        "updated with stochastic rounding. auto: float32 where it fits into memory.",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw",
+        description="adamw8bit: moments in 8 bits. muon: orthogonalised updates for the matrices inside blocks, "
+        "AdamW for all else.",
     )
     precision_check: Literal["error", "warn"] = Field(
         "error", description="What to do when dtype/amp would run FFT blocks below float32."
     )
     seed: Seed = Field(42, description="All randomness: initial weights, dropout, order of the data.")
     activation_checkpointing: Annotated[bool | int, BeforeValidator(to_checkpointing)] = Field(
-        False, description="Recompute activations in the backward pass. Not available in this version."
+        False,
+        description="Recompute activations in the backward pass instead of keeping them. true: of every block; N: of "
+        "every N-th block.",
     )
-    compile: Bool = Field(False, description="torch.compile each block. Not available in this version.")
+    compile: Bool = Field(False, description="torch.compile each block.")
     use_model_hints: Bool = Field(
         False,
         description="Take lr, betas, max_grad_norm and min_lr_ratio from the model's config.json "

@@ -27,7 +27,7 @@ class BatchLoader:
 
     Args:
         make: the micro-batches of a step (0-based), in main memory.
-        steps: there are no batches from this step on.
+        steps: none are made ahead from this step on (a run that skipped steps asks for some).
     """
 
     def __init__(self, make: Callable[[int], Iterable[MicroBatch]], device: torch.device, steps: int) -> None:
@@ -43,7 +43,7 @@ class BatchLoader:
     def __call__(self, step: int) -> Sequence[MicroBatch]:
         """The micro-batches of a step. What making them raises is raised here."""
         start = time.monotonic()
-        for number in range(step, min(step + _AHEAD + 1, self._steps)):
+        for number in range(step, max(step + 1, min(step + _AHEAD + 1, self._steps))):
             if number not in self._pending:
                 self._pending[number] = self._thread.submit(self._prepare, number)
         batches, copied = self._pending.pop(step).result()

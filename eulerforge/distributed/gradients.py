@@ -7,11 +7,13 @@ because the ranks reduce different sets of parameters (one expert's gradient is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def anchor_parameters(module: nn.Module, *, within: nn.Module, without: Iterable[nn.Module]) -> None:
@@ -66,6 +68,27 @@ def _add_to_first_tensor(output: Any, change: Callable[[torch.Tensor], torch.Ten
                     return type(output)(*changed)
                 return type(output)(changed)
     raise TypeError(f"cannot add to the output of type {type(output).__name__}")
+
+
+def multiply_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients in place, whole or sharded."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+
+
+def average_replicated_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> None:
+    """Average gradients of parameters that no parallel strategy takes care of, over all processes, in float32.
+
+    All processes must call it. Where the backward pass did not reach a parameter on one of them, its part is zero.
+    """
+    fill_missing_gradients(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.float().reshape(-1) for gradient in gradients]) / world_size
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from eulerforge.distributed.context import ProcessContext
-from eulerforge.distributed.gradients import anchor_parameters
+from eulerforge.distributed.gradients import anchor_parameters, average_replicated_gradients
 from eulerforge.models.lean import materialise, parameter_marks, restore_marks
 from eulerforge.models.units import find_wrap_units
 from eulerforge.precision.plan import PrecisionPlan
@@ -66,12 +66,16 @@ class ParallelOptions:
     Attributes:
         reason: why it was chosen, for the log.
         replicate: fsdp only: number of replicas, each sharded over world_size / replicate processes (HSDP).
+        float32_parameters: names of parameters that stay in float32 whatever the plan computes in.
+        float32_modules: paths of modules whose parameters are used in float32 (`amp: selective`).
     """
 
     context: ProcessContext
     precision: PrecisionPlan
     reason: str
     replicate: int = 1
+    float32_parameters: frozenset[str] = frozenset()
+    float32_modules: tuple[str, ...] = ()
 
 
 def choose_strategy(requested: str, world_size: int, state_bytes: int, free_bytes: int) -> tuple[str, str]:
@@ -143,21 +147,33 @@ def _fsdp(model: nn.Module, options: ParallelOptions) -> ParallelModel:
     )
     marks = parameter_marks(model)
     units = find_wrap_units(model)
+    # A group of shards has one dtype. Parameters that need another are few and small: each process has them whole.
+    whole = {p for name, p in model.named_parameters() if name in options.float32_parameters}
+    in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    nested = [model.get_submodule(name) for name in options.float32_modules]
+    for module in nested:
+        fully_shard(module, mesh=mesh, mp_policy=in_float32, ignored_params=whole)
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        if not any(unit is module for module in nested):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=whole)
     # The rest (embedding, final norm, head) is one group of the root: tied weights stay one parameter.
-    root = fully_shard(model, mesh=mesh, mp_policy=policy)
+    root = fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
     materialise(model, context.device)
     restore_marks(model, marks)
+    replicated = [p for name, p in model.named_parameters() if name in options.float32_parameters and p.requires_grad]
     if _may_skip_parameters(model, units):
+        for module in nested:
+            anchor_parameters(module, within=module, without=())
         for unit in units:
-            anchor_parameters(unit, within=unit, without=())
+            anchor_parameters(unit, within=unit, without=nested)
         anchor_parameters(model, within=model, without=units)
 
     @contextlib.contextmanager
     def synchronise(last: bool) -> Any:
         root.set_requires_gradient_sync(last)
         yield
+        if last:
+            average_replicated_gradients(replicated, context.world_size)
 
     # The root stays gathered after a forward pass, because the backward pass would gather it again.
     return ParallelModel("fsdp", options.reason, model, synchronise, root.reshard)

@@ -39,6 +39,8 @@ class StepMetrics:
         seconds_left: estimate for the remaining steps.
         data_wait: share of the time, over recent steps, that training waited for data.
         data_hash: hash of the step's token ids, the same on any number of processes.
+        loss_scale: of the next step; None without float16.
+        skipped: steps left out so far because gradients overflowed; None without float16.
     """
 
     step: int
@@ -55,6 +57,8 @@ class StepMetrics:
     seconds_left: float
     data_wait: float
     data_hash: str
+    loss_scale: float | None = None
+    skipped: int | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl. The first four keys and their order are part of the contract."""
@@ -69,6 +73,8 @@ class StepMetrics:
             values["aux_loss"] = self.aux_loss
         if self.eval_loss is not None:
             values["eval_loss"] = self.eval_loss
+        if self.loss_scale is not None:
+            values |= {"loss_scale": self.loss_scale, "skipped": self.skipped}
         return values | {
             "tokens": self.tokens,
             "epoch": round(self.epoch, 6),
@@ -193,6 +199,8 @@ class TensorBoardTracker:
             scalars["train/aux_loss"] = metrics.aux_loss
         if metrics.eval_loss is not None:
             scalars["eval/loss"] = metrics.eval_loss
+        if metrics.loss_scale is not None and metrics.skipped is not None:
+            scalars |= {"train/loss_scale": metrics.loss_scale, "train/skipped": metrics.skipped}
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, metrics.step)
         self._writer.flush()

@@ -7,7 +7,7 @@ holds the whole model. `torch.device("meta")` would not do: it would leave the b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,13 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def store_parameters(model: nn.Module, dtype: torch.dtype, in_float32: Collection[str]) -> None:
+    """Hold floating-point parameters in `dtype`, those named in float32; buffers stay as they are."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if name in in_float32 else dtype)
 
 
 def parameter_marks(model: nn.Module) -> dict[str, dict[str, Any]]:

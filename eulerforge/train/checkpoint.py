@@ -49,7 +49,7 @@ class CheckpointSettings:
 
     Attributes:
         saved: dtype of the weights in the Hugging Face directory.
-        masters: also keep float32 weights, because `saved` is less.
+        masters: also keep the weights as they are stored, because `saved` is less precise.
         keep: number of checkpoints, None for all.
         asynchronous: write while training goes on.
         resumed_from: the checkpoint that this run began with; never removed.
@@ -276,10 +276,10 @@ def checkpoint_group(context: ProcessContext) -> dist.ProcessGroup | None:
 
 def checkpoint_bytes(model: torch.nn.Module, saved: torch.dtype, masters: bool) -> int:
     """Disk space of a checkpoint: saved weights, AdamW's two moments, masters, and some for what is small."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    per_parameter = saved.itemsize + 2 * 4 + 4 * masters
+    weights = sum(parameter.numel() * saved.itemsize for parameter in model.parameters())
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    return round(1.01 * (per_parameter * parameters + buffers)) + 2**22
+    return round(1.01 * (weights + (2 + masters) * stored + buffers)) + 2**22
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

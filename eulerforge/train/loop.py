@@ -24,6 +24,7 @@ class LoopParts:
         learning_rate: of a step (1-based).
         rows_per_step, rows_per_epoch: over all ranks, for the epoch count.
         on_first_step: told the first loss, for a word on whether it looks like an untrained model's.
+        on_skip: told the number of a step whose update was left out.
         evaluate: the loss on held-out rows, None where there are none.
         save: writes a checkpoint of the current weights, or begins to (`async_checkpoint`).
         wait: until a checkpoint that was begun is complete; raises if it could not be written.
@@ -37,6 +38,7 @@ class LoopParts:
     save: Callable[[int], None]
     wait: Callable[[], None]
     on_first_step: Callable[[float], None]
+    on_skip: Callable[[int], None]
     max_steps: int
     log_steps: int
     save_steps: int
@@ -54,15 +56,21 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
         TrainingError: loss or gradients are not finite.
     """
     meter = SpeedMeter(before=state.elapsed)
-    for step in range(state.step + 1, parts.max_steps + 1):
+    while state.step < parts.max_steps:
+        # A skipped step is none: the next rows are trained on under its number, and its learning rate.
+        step, position = state.step + 1, state.step + state.skipped
         lr, waited = parts.learning_rate(step), parts.batches.waited
         set_learning_rate(parts.step.optimizer, lr)
         try:
-            result = train_step(step, parts.step, parts.batches(step - 1))
+            result = train_step(step, parts.step, parts.batches(position))
         except TrainingError:  # on all ranks alike: what they have begun to save, they can finish
             parts.wait()
             raise
         meter.step_done(result.tokens, parts.batches.waited - waited)
+        if result.skipped:
+            state.skip(result.tokens, meter.elapsed)
+            parts.on_skip(step)
+            continue
         state.advance(result.tokens, meter.elapsed)
         if step == 1:
             parts.on_first_step(result.loss)
@@ -78,13 +86,15 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
             aux_loss=result.aux_loss,
             eval_loss=evaluation.loss,
             tokens=state.tokens,
-            epoch=step * parts.rows_per_step / parts.rows_per_epoch,
+            epoch=(position + 1) * parts.rows_per_step / parts.rows_per_epoch,
             elapsed=meter.elapsed,
             steps_per_second=meter.steps_per_second,
             tokens_per_second=meter.tokens_per_second,
             seconds_left=meter.seconds_left(parts.max_steps - step),
             data_wait=meter.data_wait,
             data_hash=result.data_hash,
+            loss_scale=None if parts.step.scale is None else parts.step.scale.value,
+            skipped=None if parts.step.scale is None else state.skipped,
         )
         parts.tracker.step(metrics)
         if last or evaluation.loss is not None or step % parts.log_steps == 0:

@@ -12,7 +12,7 @@ from eulerforge.errors import ResumeError
 from eulerforge.files import write_json
 from eulerforge.train.manifest import STATE_FOLDER
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILE = "state.json"
 
 
@@ -24,17 +24,25 @@ class TrainState:
         step: finished optimiser steps.
         tokens: tokens trained on (padding not counted), over all ranks.
         elapsed: seconds of training, those before a resume included.
+        skipped: steps whose update was left out because gradients overflowed in float16; their rows are used up.
         stopped: the run ended early because a process was asked to stop.
     """
 
     step: int = 0
     tokens: int = 0
     elapsed: float = 0.0
+    skipped: int = 0
     stopped: bool = False
 
     def advance(self, tokens: int, elapsed: float) -> None:
         """One more step is done."""
         self.step += 1
+        self.tokens += tokens
+        self.elapsed = elapsed
+
+    def skip(self, tokens: int, elapsed: float) -> None:
+        """The rows of a step are used up, and nothing was updated."""
+        self.skipped += 1
         self.tokens += tokens
         self.elapsed = elapsed
 
@@ -49,7 +57,10 @@ class Progress:
         tokens: tokens trained on.
         elapsed: seconds of training.
         world_size, strategy: of the run that wrote it.
-        masters: whether float32 weights lie in the shards.
+        stored: dtype of parameters and optimiser state.
+        masters: whether weights lie in the shards too, because the saved ones are less precise.
+        skipped: as in `TrainState`.
+        loss_scale: value and good steps of the loss scale, None where there is none.
         fixed: what a resume must not change, by name.
         settings: the preset's values, by dotted key.
     """
@@ -60,7 +71,10 @@ class Progress:
     elapsed: float
     world_size: int
     strategy: str
+    stored: str
     masters: bool
+    skipped: int
+    loss_scale: tuple[float, int] | None
     fixed: Mapping[str, Any]
     settings: Mapping[str, Any]
 
@@ -80,6 +94,8 @@ class Progress:
             values = json.loads(path.read_bytes())
             if values.pop("format") != FORMAT:
                 raise ValueError("another format")
+            if values["loss_scale"] is not None:
+                values["loss_scale"] = tuple(values["loss_scale"])
             return cls(**values)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ResumeError(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from eulerforge.data.rows import MicroBatch, step_hash
 from eulerforge.distributed.context import ProcessContext
-from eulerforge.distributed.gradients import fill_missing_gradients
+from eulerforge.distributed.gradients import fill_missing_gradients, multiply_gradients
 from eulerforge.errors import TrainingError
 from eulerforge.models.forward import CausalForward
 from eulerforge.optim.optimizer import clip_gradients
+from eulerforge.precision.audit import PrecisionAudit
 from eulerforge.train.loss import next_token_loss
+from eulerforge.train.scaler import LossScale
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class StepResult:
         data_hash: of the token ids of all ranks (`data.rows.step_hash`).
         stop: whether any process was asked to stop.
         save_failed: whether a checkpoint being written in the background could not be written on any process.
+        skipped: gradients overflowed in float16; nothing was updated.
     """
 
     loss: float
@@ -40,6 +44,7 @@ class StepResult:
     data_hash: str
     stop: bool
     save_failed: bool
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class StepParts:
         synchronise: context of a micro-batch; told whether it is the step's last.
         stop_requested: whether this process was asked to stop; agreed among all at the end of a step.
         save_failed: whether this process failed to write a checkpoint in the background; agreed in the same way.
+        scale: of the loss, None where gradients need none.
+        audit: watches the first step.
+        say: the log.
     """
 
     context: ProcessContext
@@ -61,6 +69,9 @@ class StepParts:
     max_grad_norm: float | None
     stop_requested: Callable[[], bool]
     save_failed: Callable[[], bool]
+    scale: LossScale | None
+    audit: PrecisionAudit
+    say: Callable[[str], None]
 
     def agree_to_stop(self) -> bool:
         """Whether any process was asked to stop, the same on all."""
@@ -99,6 +110,8 @@ def accumulate_gradients(parts: StepParts, batches: Sequence[MicroBatch], target
                 aux = aux / len(batches)
                 objective = objective + aux
                 aux_losses.append(aux.detach())
+            if parts.scale is not None:
+                objective = objective * parts.scale.value
             objective.backward()
     own_aux = float(torch.stack(aux_losses).sum()) if aux_losses else None
     return float(torch.stack(losses).sum()), own_aux
@@ -108,8 +121,8 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
     """Run one step.
 
     Raises:
-        TrainingError: loss or gradient norm is not finite, on every rank alike. Parameters are then those of the
-            step before.
+        TrainingError: loss or gradient norm is not finite (and not for float16 alone), on every rank alike, or the
+            audit found another precision than planned. Parameters are then those of the step before.
     """
     context = parts.context
     targets, tokens, *hash_sums = context.sum(
@@ -120,9 +133,12 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
             sum(batch.hash_sums[1] for batch in batches),
         ]
     )
-    own_loss, own_aux = accumulate_gradients(parts, batches, round(targets))
+    with parts.audit.watching() if parts.audit.pending else contextlib.nullcontext():
+        own_loss, own_aux = accumulate_gradients(parts, batches, round(targets))
     parameters = parts.parameters
     fill_missing_gradients(parameters)
+    if parts.scale is not None:
+        multiply_gradients(parameters, 1 / parts.scale.value)
     grad_norm = clip_gradients(parameters, parts.max_grad_norm)
     # One small reduction carries all that ranks must agree on.
     flags = [float(parts.stop_requested()), float(parts.save_failed())]
@@ -136,10 +152,24 @@ def train_step(step: int, parts: StepParts, batches: Sequence[MicroBatch]) -> St
         stop=stop > 0,
         save_failed=save_failed > 0,
     )
-    _require_finite(step, result)
+    if parts.scale is None:
+        _require_finite(step, result)
+    elif not _is_finite(result):
+        parts.scale.shrink(step)
+        parts.optimizer.zero_grad(set_to_none=True)
+        return replace(result, skipped=True)
+    else:
+        parts.scale.grow()
     parts.optimizer.step()
+    if parts.audit.pending:
+        for line in parts.audit.finish(parts.optimizer):
+            parts.say(line)
     parts.optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def _is_finite(result: StepResult) -> bool:
+    return all(math.isfinite(value) for value in (result.loss, result.grad_norm, result.aux_loss or 0.0))
 
 
 def _require_finite(step: int, result: StepResult) -> None:

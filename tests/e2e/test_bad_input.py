@@ -444,7 +444,208 @@ SOURCE_CASES = [
 ]
 """Sources and how they are read."""
 
-UNAVAILABLE_CASES = [
+PRECISION_CASES = [
+    _value("training", "compile: 2", "must be true or false", "training.compile"),
+    _value("training", "activation_checkpointing: -1", "false, true or a whole number of at least 1", ""),
+    _value("training", "master_weights: 1", "must be true, false or auto", "training.master_weights"),
+    _value("training", "optimizer: lion", "'adamw', 'adamw8bit' or 'muon'", "one of those"),
+    _preset(
+        "float16 without amp",
+        _with(("training", "dtype: float16"), ("training", "amp: false")),
+        (": training.amp: ", "float16 weights underflow"),
+        "leave amp unset",
+        at="amp: false",
+    ),
+    _preset(
+        "selective in bfloat16",
+        _with(("training", "dtype: bfloat16"), ("training", "amp: selective")),
+        (": training.amp: ", "selective keeps some blocks in float32"),
+        "training.dtype: float32",
+        at="amp: selective",
+    ),
+    _preset(
+        "no master weights for float32",
+        _with(("training", "dtype: float32"), ("training", "master_weights: false")),
+        (": training.master_weights: ", "false stores weights in bfloat16"),
+        "training.dtype: bfloat16",
+        at="master_weights: false",
+    ),
+]
+"""Precision that contradicts itself; what contradicts the model is in test_precision.py."""
+
+SET_CASES = [
+    Case(
+        "preset missing",
+        ("preset not found", "none.yml"),
+        ("--preset",),
+        arguments=("pretrain", "--preset", "none.yml"),
+    ),
+    Case(
+        "preset is a directory",
+        ("is a directory", "model"),
+        ("YAML file", "--preset"),
+        arguments=("pretrain", "--preset", "model"),
+    ),
+    Case(
+        "preset below a file",
+        ("data.jsonl/preset.yml", "Not a directory"),
+        ("path",),
+        arguments=("pretrain", "--preset", "data.jsonl/preset.yml"),
+    ),
+    _preset("not UTF-8", GOOD.encode() + b"# \xff\n", ("preset.yml", "UTF-8", f"byte {len(GOOD) + 2}"), "UTF-8"),
+    _preset("UTF-16", GOOD.encode("utf-16"), ("preset.yml", "UTF-8"), "UTF-8"),
+    _preset("empty", "", ("preset.yml", "empty"), ("model_dir", "data.path", "training.max_steps")),
+    _preset("only a comment", "# model_dir: x\n", ("preset.yml", "empty"), "model_dir"),
+    _preset("a list", "- model_dir: model\n", ("preset.yml:1:", "mapping"), "model_dir: ..."),
+    _preset("a word", "pretrain\n", ("preset.yml:1:", "mapping"), "model_dir: ..."),
+    _preset("open bracket", GOOD + "x: [1, 2\n", "not valid YAML", ("syntax", "line"), at="x: [1, 2"),
+    _preset("open quote", GOOD + "x: 'ab\n", "not valid YAML", ("syntax", "line"), at="x: 'ab"),
+    _preset("control character", GOOD + "x: \x01\n", ("preset.yml", "not valid YAML"), "control characters"),
+    _preset("undefined alias", _with(("training", "lr: *x")), ("not valid YAML", "'x'"), "line", at="lr: *x"),
+    _preset("bad indentation", _with(("training", " lr: 1")), "not valid YAML", "indentation", at="max_steps: 3"),
+    _preset("tab", _with(("training", "lr:\t1\n\tseed: 1")), "not valid YAML", "line"),
+    _preset("two documents", GOOD + "---\n" + GOOD, ("preset.yml:12:", "not valid YAML"), "line"),
+    _preset("Python object", _with(("", "seed: !!python/name:os.system")), "preset.yml:1", "line"),
+    _preset(
+        "duplicate key at top level",
+        GOOD + "device: cuda\n",
+        ("duplicate key device", "first on line 1"),
+        "remove one",
+        at="device: cuda",
+    ),
+    _preset(
+        "duplicate key in a section",
+        GOOD + "  max_steps: 4\n",
+        ("duplicate key training.max_steps", "first on line 9"),
+        "remove one",
+        at="max_steps: 4",
+    ),
+    _preset("key is not text", _with(("", "on: 1")), ("the key on is not text",), 'quote it: "on"', at="on: 1"),
+    _preset(
+        "key is a list", GOOD + "? [a, b]\n: 1\n", "preset.yml:12: the key", "name as the key", absent="ScalarNode"
+    ),
+    _value("", "devise: cpu", "unknown key", "did you mean device?"),
+    _value("data", "max_lenght: 8", "unknown key", "did you mean data.max_length?"),
+    _value("training", "lerning_rate: 1", "unknown key", "training.lr"),
+    _value("training", "warmup_step: 1", "unknown key", "did you mean training.warmup_steps?"),
+    _value("training", "batch-size: 2", "unknown key", "training.batch_size"),
+    _value("training", "num-steps: 2", "unknown key", "training.max_steps"),
+    _value("distributed", "stategy: auto", "unknown key", "did you mean distributed.strategy?"),
+    _value("", "lr: 0.1", "unknown key", "training.lr"),
+    _value("training", "packing: true", "unknown key", "data.packing"),
+    _value("", "xyzzy: 1", "unknown key", "eulerforge schema"),
+    _preset(
+        "section is a list",
+        GOOD.replace("  path: data.jsonl\n  max_length: 16\n", "- path: data.jsonl\n"),
+        (": data: ", "mapping"),
+        "data",
+        at="data:",
+    ),
+    _preset(
+        "section is a number",
+        GOOD.replace("  path: data.jsonl\n  max_length: 16\n", "").replace("data:", "data: 5"),
+        (": data: ", "mapping"),
+        "data",
+        at="data: 5",
+    ),
+    _preset("section is null", GOOD + "distributed:\n", (": distributed: ", "mapping"), "distributed"),
+    _preset("no model_dir", _without("model_dir"), ("model_dir", "required", "missing"), "add model_dir"),
+    _preset("no data", _without("data", "path", "max_length"), ("preset.yml: data: ", "missing"), "add data"),
+    _preset(
+        "no training",
+        _without("training", "max_steps", "dtype", "amp"),
+        ("preset.yml: training: ", "missing"),
+        "add training",
+    ),
+    _preset(
+        "no max_steps",
+        _without("max_steps"),
+        ("training.max_steps", "missing"),
+        "add training.max_steps",
+        at="training:",
+    ),
+    _preset("no data.path", _without("path"), ("data.path", "missing"), "add data.path", at="data:"),
+    *(
+        _value("", f"{key}: {value}", "eulerforge train", f"remove {key}")
+        for key, value in (("injection", "{lora_r: 8}"), ("moe", "{experts: 4}"), ("backbone", "qwen"))
+    ),
+]
+
+VALUE_CASES = [
+    *(
+        _value("training", f"max_steps: {value}", expected)
+        for value, expected in (
+            ("1.5", ("whole number", "1.5")),
+            ("true", ("whole number", "true")),
+            ("ten", ("whole number", "'ten'")),
+            ("010", ("whole number", "'010'")),
+            ("0", ("greater than or equal to 1", "0")),
+            ("-1", ("greater than or equal to 1", "-1")),
+            ("[3]", ("whole number", "a list")),
+        )
+    ),
+    _preset(
+        "training.max_steps=null",
+        _with(("training", "max_steps:")),
+        (": training.max_steps: ", "whole number", "null"),
+        "training.max_steps",
+        at="max_steps:",
+    ),
+    *(
+        _value("training", f"lr: {value}", expected)
+        for value, expected in (
+            (".nan", ("finite", "nan")),
+            ("nan", ("finite", "'nan'")),
+            ("inf", ("finite", "'inf'")),
+            (".inf", ("finite", "inf")),
+            ("1e999", ("finite", "inf")),
+            ("-1", ("greater than or equal to 0", "-1")),
+            ("fast", ("number", "'fast'")),
+            ("true", ("number", "true")),
+        )
+    ),
+    _value("training", "betas: [0.9]", "two numbers", "betas: [0.9, 0.95]"),
+    _value("training", "betas: [0.9, 0.9, 0.9]", "two numbers", "betas: [0.9, 0.95]"),
+    _value("training", "betas: 0.9", "two numbers", "betas: [0.9, 0.95]"),
+    _value("training", "betas: [0.9, 1.0]", ("less than 1", "1"), "betas"),
+    _value("training", "eps: 0", "greater than 0"),
+    _value("training", "min_lr_ratio: 2", "less than or equal to 1"),
+    _value("training", "seed: -1", "greater than or equal to 0"),
+    _value("training", "max_grad_norm: 0", "greater than 0"),
+    _value("training", "scheduler: polynomial", ("'cosine'", "'wsd'", "'polynomial'"), "one of those values"),
+    _value("training", "dtype: bf16", ("'bfloat16'", "'float32'", "'bf16'"), "one of those values"),
+    _value("training", "amp: maybe", ("true, false", "'maybe'")),
+    _value("training", "warmup_steps: 4", ("warm-up", "4", "max_steps 3"), "training.warmup_steps"),
+    _value("training", "global_batch_size: 5", ("not a multiple", "5", "batch_size 2"), "multiple"),
+    _value("data", "packing: maybe", ("true or false", "'maybe'")),
+    _value("data", "max_length: 1", ("greater than or equal to 2", "1")),
+    _value("data", "text_column: [text]", ("text", "a list")),
+    _value("data", "path: 5", ("must be text", "5")),
+    _value("data", "path: ''", ("must not be empty",)),
+    _value("data", 'path: "a\\0b"', "NUL"),
+    _value("data", "on_bad_line: ignore", ("'error'", "'skip'", "'ignore'"), "one of those values"),
+    _value("", "model_dir: 2024", ("text", 'quote it: "2024"')),
+    _value("", "model_dir: true", ("text", "quote it"), absent="True"),
+    _value("", "output_dir: 1.10", ("text", "quote it"), absent='"1.1"'),
+    _value("", "tokenizer: ''", "empty"),
+    _value("", "device: gpu", ("device", "'gpu'"), ("cuda", "cuda:N", "cpu")),
+    _value("", "device: cuda:-1", ("device", "'cuda:-1'"), ("cuda", "cuda:N", "cpu")),
+]
+"""Wrong types, ranges and combinations."""
+
+SOURCE_CASES = [
+    _value("data", "path: []", "must not be an empty list", "data.path"),
+    _value("data", "path: {a.jsonl: 0.5}", "a list of {path, weight}, not a mapping", "data.path"),
+    _value("data", "path: [a.jsonl, {path: b.jsonl, weight: 1}]", "entry 1 has no weight", "data.path"),
+    _value("data", "path: [{path: a.jsonl, weight: 0}]", "entry 1: weight must be greater than 0", "data.path"),
+    _value("data", "path: [{path: a.jsonl, wieght: 1}]", "unknown key 'wieght'", "data.path"),
+    _value("data", "num_workers: 0", "auto or a whole number of at least 1", "data.num_workers"),
+    _value("data", "verify: hash", "'mtime' or 'content'", "one of those"),
+    _value("data", "token_dtype: int32", "'uint16' or 'uint32'", "one of those"),
+]
+"""Sources and how they are read."""
+
+PRECISION_CASES = [
     _value("training", "compile: true", "not available in this version", "false"),
     _value("training", "activation_checkpointing: true", "not available in this version", "false"),
     _value("training", "activation_checkpointing: 2", "not available in this version", "false"),
@@ -475,7 +676,6 @@ SET_CASES = [
     _set("training.max_steps=", error=("--set training.max_steps", "whole number"), fix="training.max_steps"),
     _set("data.packing=maybe", error=("--set data.packing", "true or false", "'maybe'"), fix="data.packing"),
     _set("training=5", error=("--set training", "mapping"), fix="training"),
-    _set("training.compile=true", error=("--set training.compile", "not available in this version"), fix="false"),
     _set("training.warmup_steps=9", error=("--set training.warmup_steps", "max_steps 3"), fix="training.max_steps"),
     *(
         _set(f"{key}.x=1", error=(f"--set {key}", "eulerforge train"), fix=f"remove {key}")
@@ -1026,7 +1226,7 @@ CASES = [
     *PRESET_CASES,
     *VALUE_CASES,
     *SOURCE_CASES,
-    *UNAVAILABLE_CASES,
+    *PRECISION_CASES,
     *SET_CASES,
     *USAGE_CASES,
     *MODEL_CASES,

@@ -21,7 +21,7 @@ from eulerforge.distributed.context import ProcessContext
 from eulerforge.errors import CheckpointError, EulerForgeError, PeerFailedError, StoppedError, TrainingError
 from eulerforge.files import tree_bytes
 from eulerforge.metrics.console import Console
-from eulerforge.optim.optimizer import build_adamw
+from eulerforge.optim.optimizer import build_optimizer
 from eulerforge.train import checkpoint as checkpoint_module
 from eulerforge.train.checkpoint import (
     Checkpointer,
@@ -131,7 +131,7 @@ class _Model(nn.Module):
 
 
 def _progress(run_id: str, step: int) -> Progress:
-    return Progress(run_id, step, 100 * step, 1.5, 1, "single", False, {}, {})
+    return Progress(run_id, step, 100 * step, 1.5, 1, "single", "float32", False, 0, None, {}, {})
 
 
 def _write_model(folder: Path, weights: Tensors) -> None:
@@ -165,7 +165,7 @@ def _run(path: Path, width: int = 4, **settings: Any) -> _Run:
     path.mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = _Model(width)
-    optimizer = build_adamw(model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = build_optimizer(model, kind="adamw", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, seed=0)
     defaults = {"saved": torch.float32, "masters": False, "keep": None, "asynchronous": False, "resumed_from": None}
     state: dict[str, int] = {"step": 0}
     hooks: dict[str, Callable[[Path], None]] = {}

@@ -110,7 +110,7 @@ def _stored(run: _Run) -> Progress:
     """The run's checkpoint, through JSON."""
     fixed = json.loads(json.dumps(run.by_input() | run.by_data(), allow_nan=False))
     settings = json.loads(json.dumps(preset_settings(run.preset), allow_nan=False))
-    return Progress("id", 3, 100, 1.0, 1, "single", False, fixed, settings)
+    return Progress("id", 3, 100, 1.0, 1, "single", "float32", False, 0, None, fixed, settings)
 
 
 def _problems(stored: Progress, current: dict[str, Any]) -> list[tuple[str, str]]:

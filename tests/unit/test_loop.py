@@ -62,9 +62,11 @@ class _Run:
     steps: list[StepMetrics] = field(default_factory=list)
     logged: list[StepMetrics] = field(default_factory=list)
     signalled: bool = False
+    overflows: tuple[int, ...] = ()
 
     def train_step(self, step: int, parts: StepParts, batches: Any) -> StepResult:
-        assert batches == f"batches of {step - 1}"
+        assert batches == f"batches of {step - 1 + self.state.skipped}"
+        skips = self.state.skipped < self.overflows.count(step)
         (group,) = parts.optimizer.param_groups
         self.events.append(f"train {step} lr {group['lr']:g}")
         if step == self.diverges_at:
@@ -77,6 +79,7 @@ class _Run:
             data_hash=f"{step:012x}",
             stop=step == self.stop_at,
             save_failed=step == self.save_failed_at,
+            skipped=skips,
         )
 
     def save(self, step: int) -> None:
@@ -110,7 +113,7 @@ class _Run:
 
     def fit(self) -> SpeedMeter:
         optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
-        step = SimpleNamespace(run=self, optimizer=optimizer, agree_to_stop=self.agree_to_stop)
+        step = SimpleNamespace(run=self, optimizer=optimizer, agree_to_stop=self.agree_to_stop, scale=None)
         parts = LoopParts(
             step=cast(StepParts, step),
             batches=cast(BatchLoader, _Batches()),
@@ -119,6 +122,7 @@ class _Run:
             evaluate=None if self.eval_steps is None else self.evaluate,
             save=self.save,
             wait=self.wait,
+            on_skip=lambda step: self.events.append(f"skip {step}"),
             on_first_step=lambda loss: self.events.append(f"first loss {loss}"),
             max_steps=self.max_steps,
             log_steps=self.log_steps,

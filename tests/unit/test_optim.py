@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from eulerforge.optim.optimizer import build_adamw, clip_gradients, set_learning_rate
+from eulerforge.optim.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from eulerforge.optim.schedules import SCHEDULES, learning_rate
 
 
@@ -29,7 +29,7 @@ class _Model(nn.Module):
 
 def _adamw(model: nn.Module, **changes: float) -> torch.optim.AdamW:
     values = {"lr": 0.1, "weight_decay": 0.1, "eps": 1e-8} | changes
-    return build_adamw(model, betas=(0.9, 0.95), **values)
+    return build_optimizer(model, kind="adamw", betas=(0.9, 0.95), seed=0, **values)
 
 
 def test_decay_only_where_it_belongs() -> None:
@@ -54,7 +54,7 @@ def test_a_mark_that_says_false_does_not_exempt() -> None:
 
 
 def test_every_setting_reaches_the_optimiser() -> None:
-    optimizer = build_adamw(_Model(), lr=0.3, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
+    optimizer = build_optimizer(_Model(), kind="adamw", lr=0.3, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6, seed=0)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.9), 1e-6)
 

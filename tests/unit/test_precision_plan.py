@@ -1,17 +1,17 @@
-"""dtype x amp x block families x on_conflict -> one plan, or one error."""
+"""dtype x amp x master weights x block families -> one plan, or one error: the table of docs/precision.md."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from eulerforge.errors import PresetError
 from eulerforge.models.blocks import Family, FoundBlock
-from eulerforge.precision.plan import PrecisionPlan, plan_precision
+from eulerforge.precision.plan import PrecisionPlan, PrecisionRequest, plan_precision
 from eulerforge.precision.rules import RULES
 
-BF16, F32 = "bfloat16", "float32"
+BF16, F16, F32 = "bfloat16", "float16", "float32"
 ATTENTION, MOE = FoundBlock("attention", "layer 0"), FoundBlock("moe", "layer 1")
 MAMBA, HYENA = FoundBlock("mamba", "layer 2"), FoundBlock("hyena", "layer 3")
 RETNET, FFT = FoundBlock("retnet", "layer 4"), FoundBlock("fft", "modeling.py calls torch.fft")
@@ -19,106 +19,124 @@ RETNET, FFT = FoundBlock("retnet", "layer 4"), FoundBlock("fft", "modeling.py ca
 FREE: list[tuple[FoundBlock, ...]] = [(), (ATTENTION,), (ATTENTION, MOE)]
 STRICT: list[tuple[FoundBlock, ...]] = [(HYENA,), (RETNET,), (FFT,), (ATTENTION, HYENA, MOE, RETNET)]
 
-CHOICES: list[tuple[str | None, bool | None, tuple[str, str, str] | None, tuple[str, str, str] | None]] = [
-    # dtype, amp, (stored, compute, saved) without FFT blocks, the same with FFT blocks (None: a conflict).
-    # bfloat16 with amp false is refused by config/checks.py before a plan is made.
-    (None, None, (F32, BF16, BF16), (F32, F32, F32)),
-    (None, True, (F32, BF16, BF16), None),
-    (BF16, None, (F32, BF16, BF16), None),
-    (BF16, True, (F32, BF16, BF16), None),
-    (F32, None, (F32, F32, F32), (F32, F32, F32)),
-    (F32, False, (F32, F32, F32), (F32, F32, F32)),
-    (F32, True, (F32, BF16, F32), None),
+Expected = tuple[str, str, str, bool] | None
+"""stored, compute, saved, autocast; None for a conflict."""
+
+TABLE: list[tuple[str | None, bool | str | None, bool | str, Expected, Expected]] = [
+    # dtype, amp, master_weights, then the plan without FFT blocks and the plan with them
+    (None, None, True, (F32, BF16, BF16, True), (F32, F32, F32, False)),
+    (None, None, False, (BF16, BF16, BF16, True), None),
+    (None, True, True, (F32, BF16, BF16, True), None),
+    (None, False, "auto", (F32, F32, F32, False), (F32, F32, F32, False)),
+    (None, "selective", "auto", (F32, BF16, F32, True), (F32, BF16, F32, True)),
+    (BF16, None, True, (F32, BF16, BF16, True), None),
+    (BF16, True, True, (F32, BF16, BF16, True), None),
+    (BF16, True, False, (BF16, BF16, BF16, True), None),
+    (BF16, False, "auto", (BF16, BF16, BF16, False), None),
+    (BF16, False, False, (BF16, BF16, BF16, False), None),
+    (F16, None, "auto", (F32, F16, F16, True), None),
+    (F16, True, "auto", (F32, F16, F16, True), None),
+    (F32, None, "auto", (F32, F32, F32, False), (F32, F32, F32, False)),
+    (F32, False, "auto", (F32, F32, F32, False), (F32, F32, F32, False)),
+    (F32, True, "auto", (F32, BF16, F32, True), None),
+    (F32, "selective", "auto", (F32, BF16, F32, True), (F32, BF16, F32, True)),
 ]
-POLICIES: tuple[Literal["error", "warn"], ...] = ("error", "warn")
 
 
-def _types(plan: PrecisionPlan) -> tuple[str, str, str]:
-    return plan.stored, plan.compute, plan.saved
+def _request(
+    dtype: Any, amp: Any, masters: Any = "auto", on_conflict: Literal["error", "warn"] = "error"
+) -> PrecisionRequest:
+    return PrecisionRequest(dtype, amp, masters, on_conflict)
 
 
-@pytest.mark.parametrize("on_conflict", POLICIES)
+def _types(plan: PrecisionPlan) -> tuple[str, str, str, bool]:
+    return plan.stored, plan.compute, plan.saved, plan.autocast
+
+
 @pytest.mark.parametrize("blocks", FREE, ids=len)
-@pytest.mark.parametrize(("dtype", "amp", "expected", "_"), CHOICES)
+@pytest.mark.parametrize(("dtype", "amp", "masters", "expected", "_"), TABLE)
 def test_without_fft_blocks(
-    dtype: str | None,
-    amp: bool | None,
-    expected: tuple[str, str, str],
-    _: object,
-    blocks: tuple[FoundBlock, ...],
-    on_conflict: Literal["error", "warn"],
+    dtype: Any, amp: Any, masters: Any, expected: Expected, _: object, blocks: tuple[FoundBlock, ...]
 ) -> None:
-    plan = plan_precision(dtype, amp, on_conflict, blocks)
+    plan = plan_precision(_request(dtype, amp, masters), blocks)
     assert _types(plan) == expected
-    assert plan.autocast is (expected[1] == BF16)
+    assert (plan.reduce, plan.loss) == (F32, F32)
+    assert plan.selective is False  # there is nothing to keep out
+    assert plan.scales_loss is (dtype == F16)
     assert plan.warnings == ()
-    reason = "dtype unset and no block needs float32" if dtype is None else f"training.dtype: {dtype}"
-    master = "; float32 master weights, bfloat16 autocast" if plan.autocast else ""
-    assert plan.reason == reason + master
 
 
-@pytest.mark.parametrize("on_conflict", POLICIES)
 @pytest.mark.parametrize("blocks", STRICT, ids=lambda blocks: "+".join(block.family for block in blocks))
-@pytest.mark.parametrize(("dtype", "amp", "_", "expected"), CHOICES)
+@pytest.mark.parametrize(("dtype", "amp", "masters", "_", "expected"), TABLE)
 def test_with_fft_blocks(
-    dtype: str | None,
-    amp: bool | None,
-    _: object,
-    expected: tuple[str, str, str] | None,
-    blocks: tuple[FoundBlock, ...],
-    on_conflict: Literal["error", "warn"],
+    dtype: Any, amp: Any, masters: Any, _: object, expected: Expected, blocks: tuple[FoundBlock, ...]
 ) -> None:
-    strict = [block for block in blocks if block.family in ("hyena", "retnet", "fft")]
-    named = "; ".join(f"{block.family} ({block.evidence})" for block in strict)
     if expected is not None:
-        plan = plan_precision(dtype, amp, on_conflict, blocks)
+        plan = plan_precision(_request(dtype, amp, masters), blocks)
         assert _types(plan) == expected
-        assert plan.warnings == ()
-        unset = f"dtype unset and the model holds FFT blocks: {named}"
-        assert plan.reason == (unset if dtype is None else f"training.dtype: {dtype}")
-        return
-    chosen = dtype or F32
-    what = f"dtype {chosen} with amp true runs blocks below float32 that need it: {named}"
-    if on_conflict == "warn":
-        plan = plan_precision(dtype, amp, on_conflict, blocks)
-        assert _types(plan) == (F32, BF16, chosen)
-        assert plan.warnings == (f"{what} (precision_check: warn)",)
+        assert plan.selective is (amp == "selective")
         return
     with pytest.raises(PresetError) as caught:
-        plan_precision(dtype, amp, on_conflict, blocks)
-    assert str(caught.value) == f"training.dtype: {what}"
-    assert "training.dtype: float32 and training.amp: false" in caught.value.problems[0].fix
+        plan_precision(_request(dtype, amp, masters), blocks)
+    what, fix = str(caught.value), caught.value.problems[0].fix
+    if masters is False and dtype is None:
+        assert what.startswith("training.master_weights: false stores weights in bfloat16, but dtype is float32")
+        return
+    for block in blocks:
+        assert (f"{block.family} ({block.evidence})" in what) is RULES[block.family].needs_float32
+    assert "training.dtype: float32 and training.amp: false, or amp: selective" in fix
+    assert "training.precision_check: warn" in fix
 
 
-@pytest.mark.parametrize(("dtype", "amp", "expected", "_"), CHOICES)
-def test_mamba_below_float32_is_a_warning_only(
-    dtype: str | None, amp: bool | None, expected: tuple[str, str, str], _: object
-) -> None:
-    plan = plan_precision(dtype, amp, "error", (ATTENTION, MAMBA))
-    assert _types(plan) == expected
-    advice = "Mamba blocks are more stable in float32 (dtype: float32, amp: false) (layer 2)"
-    assert plan.warnings == ((advice,) if plan.autocast else ())
-
-
-def test_both_warnings_are_kept_under_warn() -> None:
-    plan = plan_precision(BF16, True, "warn", (MAMBA, HYENA))
-    assert len(plan.warnings) == 2
-    assert "hyena (layer 3)" in plan.warnings[0]
+@pytest.mark.parametrize(("dtype", "amp", "compute"), [(BF16, True, BF16), (F16, None, F16), (F32, True, BF16)])
+def test_under_warn_the_conflict_is_the_first_warning(dtype: str, amp: bool | None, compute: str) -> None:
+    plan = plan_precision(_request(dtype, amp, "auto", "warn"), (MAMBA, HYENA))
+    assert plan.compute == compute
+    assert plan.warnings[0] == (
+        f"dtype {dtype} with amp true runs blocks below float32 that need it: hyena (layer 3) (precision_check: warn)"
+    )
     assert plan.warnings[1].startswith("Mamba blocks are more stable in float32")
 
 
-@pytest.mark.parametrize("blocks", FREE, ids=len)
-def test_amp_false_alone_never_gives_a_plan_that_computes_in_one_type_and_saves_another(
-    blocks: tuple[FoundBlock, ...],
+@pytest.mark.parametrize(("dtype", "amp", "masters", "expected", "_"), TABLE)
+def test_mamba_below_float32_is_a_warning_only(
+    dtype: Any, amp: Any, masters: Any, expected: Expected, _: object
 ) -> None:
-    """The default dtype is bfloat16, and `dtype: bfloat16, amp: false` is refused; leaving the dtype out must not
-    turn the same request into a float32 run that calls itself bfloat16."""
-    try:
-        plan = plan_precision(None, False, "error", blocks)
-    except PresetError as error:
-        assert "training.amp" in str(error)
-    else:
-        assert _types(plan) == (F32, F32, F32)
+    plan = plan_precision(_request(dtype, amp, masters), (ATTENTION, MAMBA))
+    assert _types(plan) == expected
+    advice = "Mamba blocks are more stable in float32 (dtype: float32, amp: false) (layer 2)"
+    assert plan.warnings == ((advice,) if plan.compute != F32 else ())
+
+
+@pytest.mark.parametrize(("fits", "stored"), [(True, F32), (False, BF16)])
+def test_master_weights_wait_for_the_memory(fits: bool, stored: str) -> None:
+    plan = plan_precision(_request(BF16, None), (ATTENTION,))
+    assert plan.masters is None
+    settled = plan.with_masters(fits, "1 GiB of 2 GiB")
+    assert (settled.stored, settled.masters, settled.compute) == (stored, fits, BF16)
+    assert "1 GiB of 2 GiB" in settled.stored_reason
+    assert settled.with_masters(not fits, "again") is settled
+
+
+def test_the_table_shows_each_part_and_the_exempt_blocks() -> None:
+    plan = plan_precision(_request(None, "selective"), (ATTENTION, HYENA, RETNET))
+    lines = [line.split(None, 2) for line in list(plan.lines())[1:]]
+    assert [line[:2] for line in lines] == [
+        ["stored", F32],
+        ["compute", BF16],
+        ["blocks", F32],
+        ["blocks", F32],
+        ["reduce", F32],
+        ["loss", F32],
+        ["saved", F32],
+    ]
+    assert [line[2] for line in lines if line[0] == "blocks"] == ["hyena (layer 3)", "retnet (layer 4)"]
+
+
+def test_without_selective_no_block_is_shown_as_exempt() -> None:
+    plan = plan_precision(_request(None, None), (HYENA,))
+    assert not any("blocks" in line.split() and "layer 3" in line for line in list(plan.lines())[1:])
+    assert "dtype unset and the model holds FFT blocks: hyena (layer 3)" in next(plan.lines())
 
 
 @pytest.mark.parametrize("family", Family.__args__)  # type: ignore[attr-defined]

@@ -324,6 +324,8 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
             "eval_steps": None,
             "dtype": None,
             "amp": None,
+            "master_weights": "auto",
+            "optimizer": "adamw",
             "precision_check": "error",
             "seed": 42,
             "activation_checkpointing": False,
@@ -471,13 +473,9 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     [
         ("training.warmup_steps=1000001", "training.warmup_steps"),
         ("training.global_batch_size=3", "training.global_batch_size"),
-        ("training.activation_checkpointing=true", "training.activation_checkpointing"),
-        ("training.compile=true", "training.compile"),
-        ("training.dtype=float16", "training.dtype"),
-        ("training.amp=selective", "training.amp"),
     ],
 )
-def test_what_this_version_cannot_honour_is_refused_not_ignored(tmp_path: Path, override: str, key: str) -> None:
+def test_combinations_that_cannot_be_meant_are_refused(tmp_path: Path, override: str, key: str) -> None:
     ((what, fix),) = _problems(tmp_path, BASE, override)
     assert what.startswith(f"--set {key}: ")
     assert fix
@@ -513,9 +511,30 @@ def test_held_out_text_that_cannot_be_meant(tmp_path: Path, override: str, what:
     assert any(found.endswith(what) for found, _ in _problems(tmp_path, BASE, override))
 
 
-def test_bfloat16_without_master_weights_is_refused(tmp_path: Path) -> None:
-    ((what, _),) = _problems(tmp_path, BASE + "  dtype: bfloat16\n  amp: false\n")
-    assert what.startswith("p.yml:7: training.amp: bfloat16 weights without float32 masters do not move")
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ("dtype: float16\n  amp: false", "training.amp: float16 weights underflow"),
+        ("dtype: bfloat16\n  amp: selective", "training.amp: selective keeps some blocks in float32"),
+        ("dtype: float16\n  amp: selective", "training.amp: selective keeps some blocks in float32"),
+        ("dtype: float32\n  master_weights: false", "training.master_weights: false stores weights in bfloat16"),
+        ("dtype: float16\n  master_weights: false", "training.master_weights: false stores weights in bfloat16"),
+        ("amp: selective\n  master_weights: false", "training.master_weights: false stores weights in bfloat16"),
+        (
+            "dtype: bfloat16\n  amp: false\n  master_weights: true",
+            "training.master_weights: amp: false computes in the stored dtype",
+        ),
+    ],
+)
+def test_precision_that_contradicts_itself(tmp_path: Path, given: str, what: str) -> None:
+    ((found, _),) = _problems(tmp_path, BASE + f"  {given}\n")
+    assert what in found
+
+
+@pytest.mark.parametrize("value", ["1", "yes please", "maybe", "0.5"])
+def test_master_weights_is_a_switch_or_auto(tmp_path: Path, value: str) -> None:
+    ((found, _),) = _problems(tmp_path, BASE + f"  master_weights: {value}\n")
+    assert "training.master_weights: must be true, false or auto" in found
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def _checkpoint(run: Path, step: int, run_id: str = RUN_ID, name: str = "") -> P
     (path / "trainer_state").mkdir(parents=True)
     (path / "config.json").write_text("{}")
     (path / "model.safetensors").write_bytes(b"weights %03d" % step)
-    Progress(run_id, step, 0, 0.0, 1, "single", False, {}, {}).write(path)
+    Progress(run_id, step, 0, 0.0, 1, "single", "float32", False, 0, None, {}, {}).write(path)
     write_manifest(path, note_files(path, [file for file in path.rglob("*") if file.is_file()]))
     return path
 

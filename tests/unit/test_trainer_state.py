@@ -16,7 +16,7 @@ from torch import nn
 
 from eulerforge.distributed.gradients import fill_missing_gradients
 from eulerforge.errors import ResumeError
-from eulerforge.optim.optimizer import build_adamw
+from eulerforge.optim.optimizer import build_optimizer
 from eulerforge.train import trainer_state
 from eulerforge.train.state import Progress, TrainState
 from eulerforge.train.trainer_state import (
@@ -55,7 +55,7 @@ class _Model(nn.Module):
 def _model(seed: int = 0, vocabulary: int = 7) -> tuple[_Model, torch.optim.AdamW]:
     torch.manual_seed(seed)
     model = _Model(vocabulary)
-    return model, build_adamw(model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    return model, build_optimizer(model, kind="adamw", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, seed=0)
 
 
 def _train(model: _Model, optimizer: torch.optim.AdamW, steps: int = 3) -> None:
@@ -438,7 +438,10 @@ PROGRESS = Progress(
     elapsed=12.5,
     world_size=4,
     strategy="fsdp",
+    stored="float32",
     masters=True,
+    skipped=2,
+    loss_scale=(1024.0, 7),
     fixed={"training.seed": 42, "data": "1 tokens", "model config.rope": {"theta": 10000.0, "kind": None}},
     settings={"training.lr": 3e-4, "training.betas": [0.9, 0.95], "data.text_column": "é"},
 )
@@ -449,7 +452,7 @@ def test_progress_is_read_as_it_was_written(tmp_path: Path) -> None:
     PROGRESS.write(folder)
     assert Progress.read(folder) == PROGRESS
     content = json.loads((folder / "trainer_state" / "state.json").read_bytes())
-    assert content["format"] == 1
+    assert content["format"] == 2
     assert (content["run"], content["step"], content["fixed"]["training.seed"]) == ("0123456789abcdef", 3, 42)
 
 
@@ -479,7 +482,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a list": lambda path: path.write_text("[]"),
     "null": lambda path: path.write_text("null"),
     "no format": _edit(format="..."),
-    "another format": _edit(format=2),
+    "another format": _edit(format=1),
     "a key less": _edit(tokens="..."),
     "a key more": _edit(more=1),
 }
