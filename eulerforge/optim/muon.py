@@ -50,7 +50,7 @@ class MuonWithAdamW(LeanAdamW):
         state["step"] += 1
         layout = Layout.of(parameter)
         update = orthogonalised(self._direction(parameter, layout, place))
-        own = update[: layout.local_rows]
+        own = update[layout.first_row : layout.first_row + layout.local_rows]
         size = group["lr"] * RMS * math.sqrt(max(parameter.shape))
         with weights_of(parameter, layout) as weights:
             for tile in layout.tiles():
