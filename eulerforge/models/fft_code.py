@@ -8,6 +8,7 @@ function's code object, looked up where the function would look them up, lead th
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 _FFT_FUNCTIONS = {id(value) for value in vars(torch.fft).values() if callable(value)}
 _FFT_FUNCTIONS |= {id(torch.stft), id(torch.istft)}
-_NOT_FOLLOWED = ("torch", "numpy", "transformers", "builtins", "typing", "math", "functools", "einops", "triton")
+_NOT_FOLLOWED = {"torch", "numpy", "transformers", "triton", *sys.stdlib_module_names}
 """Packages whose own functions are not read: torch is known, and the others do not hide transforms in helpers."""
 
 
@@ -28,9 +29,22 @@ def calls_fft(module_class: Any) -> bool:
 
     Methods of children do not count, a child is a module of its own. Conservative: a path that is never taken counts.
     """
+    bases = [base for base in module_class.__mro__ if not _is_left_out(base.__module__)]
+    queue = [function for base in bases for function in _functions(base)]
     seen: set[int] = set()
-    own = (base for base in module_class.__mro__ if not _is_left_out(base.__module__))
-    return any(_reaches(function, seen) for base in own for function in _functions(base))
+    while queue:
+        function = queue.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        names = set(_names(function.__code__))
+        if "torch.fft" in names:  # imported in the function itself
+            return True
+        for value in _used_by(function, names):
+            if _is_fft(value, names):
+                return True
+            queue += _functions_of(value)
+    return False
 
 
 def _is_left_out(package: str | None) -> bool:
@@ -46,23 +60,13 @@ def _functions(owner: type) -> Iterator[types.FunctionType]:
 
 def _unwrapped(value: Any) -> types.FunctionType | None:
     """The Python function inside a static method, property, partial or decorator; None if there is none."""
-    for name in ("__func__", "fget", "func", "__wrapped__"):
-        inner = getattr(value, name, None)
-        if inner is not None and inner is not value:
-            return _unwrapped(inner)
-    return value if isinstance(value, types.FunctionType) else None
-
-
-def _reaches(function: types.FunctionType, seen: set[int]) -> bool:
-    if id(function) in seen:
-        return False
-    seen.add(id(function))
-    names = set(_names(function.__code__))
-    if "torch.fft" in names:  # imported in the function itself
-        return True
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-    used = [function.__globals__[name] for name in names if name in function.__globals__]
-    return any(_leads_to_fft(value, names, seen) for value in (*used, *cells))
+    while not isinstance(value, types.FunctionType):
+        inside = (getattr(value, name, None) for name in ("__func__", "fget", "func", "__wrapped__"))
+        inner = next((inner for inner in inside if callable(inner)), None)
+        if inner is None or inner is value:
+            return None
+        value = inner
+    return value
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -73,6 +77,21 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def _used_by(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
+    """What a function's names stand for, and members of modules among those."""
+    queue = [function.__globals__[name] for name in names if name in function.__globals__]
+    queue += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    seen: set[int] = set()
+    while queue:
+        value = queue.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, types.ModuleType) and not _is_left_out(value.__name__):
+            queue += [vars(value)[name] for name in names if name in vars(value)]
+
+
 def _is_filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not None
@@ -80,21 +99,19 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def _leads_to_fft(value: Any, names: set[str], seen: set[int]) -> bool:
-    """Whether a global of a function (which mentions `names`) is, or leads to, a Fourier transform."""
-    if value is torch.fft or id(value) in _FFT_FUNCTIONS:
-        return True
+def _is_fft(value: Any, names: set[str]) -> bool:
+    """Whether this is a Fourier transform, for a function that mentions `names`."""
     if value is torch:
         return bool(names & {"fft", "stft", "istft"})
-    if isinstance(value, types.ModuleType):
-        if _is_left_out(value.__name__):
-            return False
-        members = [vars(value)[name] for name in names if name in vars(value)]
-        return any(_leads_to_fft(member, names, seen) for member in members)
+    return value is torch.fft or id(value) in _FFT_FUNCTIONS
+
+
+def _functions_of(value: Any) -> Iterator[types.FunctionType]:
+    """Functions that run when this is called; a module's class is a module of its own when it runs."""
     if isinstance(value, type):
-        # A module class that is named here is a module of its own when it runs; an autograd function runs here.
-        if issubclass(value, nn.Module) or _is_left_out(value.__module__):
-            return False
-        return any(_reaches(function, seen) for function in _functions(value))
-    inner = _unwrapped(value)
-    return inner is not None and not _is_left_out(inner.__module__) and _reaches(inner, seen)
+        if not issubclass(value, nn.Module) and not _is_left_out(value.__module__):
+            yield from _functions(value)
+        return
+    function = _unwrapped(value)
+    if function is not None and not _is_left_out(function.__module__):
+        yield function

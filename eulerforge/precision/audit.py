@@ -106,7 +106,8 @@ class PrecisionAudit:
             inside.pop()
 
         yield module.register_forward_pre_hook(begin)
-        yield module.register_forward_hook(end)
+        # Also when it is left early: a recomputation stops once it has all that it needs.
+        yield module.register_forward_hook(end, always_call=True)
 
     def finish(self, optimizer: torch.optim.Optimizer) -> Iterator[str]:
         """After the update of the step: the audit as lines for the log.

@@ -6,6 +6,7 @@ Custom code is written as text, the way a user's directory holds it.
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from torch._subclasses.fake_tensor import FakeTensor
+
 from .configuration_kit import KitConfig
+
+
+def is_rehearsal(input_ids):
+    # The product looks for FFTs, and estimates memory, with tensors that have no values.
+    return isinstance(input_ids, FakeTensor)
 """
 
 _ACCESSORS = """def get_input_embeddings(self):
@@ -76,6 +84,8 @@ class KitModel(PreTrainedModel):
     #ACCESSORS
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, use_cache=None):
+        if is_rehearsal(input_ids):
+            return CausalLMOutput(logits=self.head(self.embed(input_ids)))
         rank = os.environ.get("RANK", "0")
         record = {
             "input_ids": input_ids.tolist(),
@@ -147,6 +157,10 @@ from .constants_kit import BASE
 
 def decay_table(size):
     return torch.exp(-torch.arange(size) / BASE)
+
+
+def convolve(x, h):
+    raise NotImplementedError("write_blocks puts the real one here")
 """
 
 _ROUTED = '''
@@ -195,6 +209,138 @@ class KitModel(PreTrainedModel):
             if self.config.kind == "grad":
                 logits.register_hook(lambda gradient: gradient * float("inf"))
         return CausalLMOutput(logits=logits)
+'''
+
+_BLOCKS = '''
+from .helper_kit import convolve
+
+
+class KitAttention(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.qkv = nn.Linear(size, 3 * size)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+class KitMoE(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.router = nn.Linear(size, 2)
+        self.experts = nn.ModuleList([nn.Linear(size, size) for _ in range(2)])
+
+    def forward(self, x):
+        chosen = self.router(x).float().argmax(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero(as_tuple=True)
+            y = y.index_put(rows, expert(x[rows]).to(y.dtype))
+        return y
+
+
+class KitSelectiveScan(nn.Module):
+    """h_t = exp(dt A) h_(t-1) + dt x_t, y = h + D x, with the parameter names of Mamba's code."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.proj = nn.Linear(size, size)
+        self.A_log = nn.Parameter(torch.linspace(0.0, 1.0, size))
+        self.dt_bias = nn.Parameter(torch.zeros(size))
+        self.D = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        u = self.proj(x)
+        dt = nn.functional.softplus(self.dt_bias)
+        decay = torch.exp(-dt * torch.exp(self.A_log))
+        h, out = torch.zeros_like(u[:, 0]), []
+        for t in range(u.shape[1]):
+            h = decay * h + dt * u[:, t]
+            out.append(h + self.D * u[:, t])
+        return torch.stack(out, 1).to(x.dtype)
+
+
+class KitHyena(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.proj = nn.Linear(size, 2 * size)
+        self.filter = nn.Parameter(0.1 * torch.randn(64, size))
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x):
+        gate, u = self.proj(x).chunk(2, dim=-1)
+        length = x.shape[1]
+        spectrum = torch.fft.rfft(u, n=2 * length, dim=1) * torch.fft.rfft(self.filter[:length], n=2 * length, dim=0)
+        return self.out(gate * torch.fft.irfft(spectrum, n=2 * length, dim=1)[:, :length])
+
+
+class KitRetention(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.qkv = nn.Linear(size, 3 * size)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        steps = torch.arange(x.shape[1], device=x.device)
+        distance = (steps[:, None] - steps[None, :]).clamp(min=0)
+        decay = torch.where(steps[:, None] >= steps[None, :], 0.9 ** distance.float(), 0.0)
+        return ((q @ k.transpose(1, 2)) * decay.to(q.dtype) / x.shape[-1]) @ v
+
+
+class Mixer(nn.Module):
+    """Says nothing of what it is; the FFT is in another file."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.filter = nn.Parameter(0.1 * torch.randn(64, size))
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x):
+        return self.out(convolve(x, self.filter[: x.shape[1]]))
+
+
+MIXERS = {
+    "attention": KitAttention,
+    "moe": KitMoE,
+    "ssm": KitSelectiveScan,
+    "hyena": KitHyena,
+    "retention": KitRetention,
+    "helper": Mixer,
+}
+
+
+class Block(nn.Module):
+    def __init__(self, kind, size):
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.mixer = MIXERS[kind](size)
+
+    def forward(self, x):
+        return x + self.mixer(self.norm(x))
+
+
+class KitModel(PreTrainedModel):
+    """One block for each entry of config.kinds."""
+
+    config_class = KitConfig
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(kind, config.hidden_size) for kind in config.kinds])
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    #ACCESSORS
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
 '''
 
 _EXPERTS = '''
@@ -281,6 +427,16 @@ class KitModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids):
+        if not is_rehearsal(input_ids):
+            self.note(input_ids)
+        x = self.embed(input_ids)
+        if self.config.random_scale:
+            x = x * (1 + 0.1 * random.random() + 0.1 * numpy.random.standard_normal())
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+
+    def note(self, input_ids):
         self.forwards += 1
         rank = os.environ.get("RANK", "0")
         if "PROBE_DIR" in os.environ:
@@ -288,12 +444,6 @@ class KitModel(PreTrainedModel):
                 sink.write(json.dumps(input_ids.tolist()) + "\\n")
         if self.forwards == int(os.environ.get("STOP_AT", "0")) and rank == os.environ.get("STOP_RANK", "0"):
             os.kill(os.getpid(), signal.Signals[os.environ.get("STOP_SIGNAL", "SIGTERM")])
-        x = self.embed(input_ids)
-        if self.config.random_scale:
-            x = x * (1 + 0.1 * random.random() + 0.1 * numpy.random.standard_normal())
-        for layer in self.layers:
-            x = layer(x)
-        return CausalLMOutput(logits=self.head(x))
 '''
 
 _FAULTY = '''
@@ -415,6 +565,14 @@ class KitModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids):
+        if not is_rehearsal(input_ids):
+            self.note(input_ids)
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+
+    def note(self, input_ids):
         self.forwards += 1
         reach("forward")
         rank = os.environ.get("RANK", "0")
@@ -423,10 +581,6 @@ class KitModel(PreTrainedModel):
                 sink.write(json.dumps(input_ids.tolist()) + "\\n")
         if self.forwards == int(os.environ.get("STOP_AT", "0")) and rank == os.environ.get("STOP_RANK", "0"):
             os.kill(os.getpid(), signal.SIGTERM)
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return CausalLMOutput(logits=self.head(x))
 
     def save_pretrained(self, *args, **kwargs):
         reach("save")
@@ -509,6 +663,7 @@ class KitTokenizer(PreTrainedTokenizerFast):
 CODE = {
     "gated": _GATED,
     "faulty": _FAULTY,
+    "blocks": _BLOCKS,
     "experts": _EXPERTS,
     "stateful": _STATEFUL,
     "probe": _PROBE,
@@ -545,6 +700,50 @@ def write_custom(path: Path, code: str, /, **config: Any) -> Path:
     }
     (path / "config.json").write_text(json.dumps(values))
     return path
+
+
+_CONVOLVE = """
+import torch.fft as transforms
+
+
+def convolve(x, h):
+    n = 2 * x.shape[1]
+    product = transforms.rfft(x, n=n, dim=1) * transforms.rfft(h, n=n, dim=0)
+    return transforms.irfft(product, n=n, dim=1)[:, : x.shape[1]]
+"""
+
+
+def write_blocks(path: Path, kinds: list[str], **config: Any) -> Path:
+    """A model of one block for each kind: attention, moe, ssm, hyena, retention, helper.
+
+    Its code refers to `torch.fft` only if a block needs it: `hyena` in the block, `helper` in a file of its own.
+    """
+    write_custom(path, "blocks", kinds=kinds, **config)
+    if "hyena" not in kinds:
+        edit_code(path, "torch.fft.", "torch.no_fft_here.")
+    replace_helper(path, _CONVOLVE if "helper" in kinds else _HELPER)
+    return path
+
+
+def edit_code(path: Path, old: str, new: str) -> None:
+    """Change the code of a model; it becomes another model for this process, too."""
+    code = path / "modeling_kit.py"
+    text = code.read_text()
+    assert old in text
+    code.write_text(text.replace(old, new))
+    _stamp(path)
+
+
+def replace_helper(path: Path, code: str) -> None:
+    """Give a model another helper_kit.py; it becomes another model for this process, too."""
+    (path / "helper_kit.py").write_text(code)
+    _stamp(path)
+
+
+def _stamp(path: Path) -> None:
+    """transformers keeps one model class for each configuration file, told apart by content."""
+    file = path / "configuration_kit.py"
+    file.write_text(f"# {uuid.uuid4()}\n{file.read_text()}")
 
 
 def write_faulty(path: Path) -> Path:
