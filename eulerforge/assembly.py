@@ -91,6 +91,7 @@ def loop_parts(
         save=checkpointer.save,
         wait=checkpointer.wait,
         on_first_step=partial(_judge_first_loss, vocabulary=embedding_rows(setup.model), console=setup.console),
+        on_second_step=lambda: setup.console.say(setup.memory.line()),
         on_skip=partial(_tell_of_skip, scale=scale, state=state, console=setup.console),
         max_steps=training.max_steps,
         log_steps=training.log_steps,
@@ -247,6 +248,7 @@ def config_snapshot(setup: Setup, run: RunDirectory, run_id: str) -> dict[str, A
         "device": setup.launch.device,
         "precision": asdict(setup.precision),
         "strategy": setup.parallel.strategy,
+        "memory_forecast": setup.memory.forecast,
         "decisions": [
             *setup.launch.reasons,
             f"strategy {setup.parallel.strategy}: {setup.parallel.reason}",

@@ -34,6 +34,7 @@ from eulerforge.models.tokenizer import Tokenizer, adopt_special_ids, load_token
 from eulerforge.precision.audit import AuditedModel
 from eulerforge.precision.plan import PrecisionPlan
 from eulerforge.preflight import Preflight, precision_request
+from eulerforge.train.budget import MemoryWatch
 from eulerforge.train.checkpoint import checkpoint_bytes
 from eulerforge.train.fingerprint import fixed_by_data, fixed_by_input, require_unchanged, setting_changes
 from eulerforge.train.load import LoadedModel, ModelRequest, load_model
@@ -81,6 +82,7 @@ class Setup:
         corpus: rows and their order.
         precision: how numbers are held.
         audited: what the audit of the first step watches.
+        memory: the forecast, to be held against the truth.
         document_way: how the model is told of documents that must not see each other, None if they may.
         fixed: what a resume must not change.
         accumulation: micro-batches per step.
@@ -95,6 +97,7 @@ class Setup:
     parallel: ParallelModel
     precision: PrecisionPlan
     audited: AuditedModel
+    memory: MemoryWatch
     buffers: BufferWatch
     corpus: Corpus
     document_way: Way | None
@@ -147,7 +150,7 @@ def set_up(
     _compare(point, fixed, console)
     console.say(f"Loading model from {flight.directory.path}")
     wanted = precision_request(preset)
-    request = ModelRequest(flight.directory, flight.blocks, wanted, preset, tokenizer, context, console)
+    request = ModelRequest(flight.directory, flight.blocks, wanted, preset, tokenizer, context, console, accumulation)
     if point is not None:
         request = replace(request, checkpoint=point.checkpoint, resumed_stored=point.stored_for(wanted.dtype))
     loaded = load_model(request)
@@ -174,6 +177,7 @@ def set_up(
         parallel=loaded.parallel,
         precision=loaded.precision,
         audited=loaded.audited,
+        memory=loaded.memory,
         buffers=BufferWatch(model),
         corpus=corpus,
         document_way=way,

@@ -160,6 +160,9 @@ class TrainingSection(Section):
     precision_check: Literal["error", "warn"] = Field(
         "error", description="What to do when dtype/amp would run FFT blocks below float32."
     )
+    memory_check: Literal["error", "warn"] = Field(
+        "error", description="What to do when the memory forecast is more than what is free."
+    )
     seed: Seed = Field(42, description="All randomness: initial weights, dropout, order of the data.")
     activation_checkpointing: Annotated[bool | int, BeforeValidator(to_checkpointing)] = Field(
         False,

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,7 @@ def fft_calls(model: Any) -> dict[str, str]:
 
     Seen in a probe forward, or reachable from the module's code.
     """
-    classes: dict[str, Hashable] = {name: type(module) for name, module in model.named_modules()}
+    classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
     calls = {name: "has code that calls torch.fft" for name, owner in classes.items() if calls_fft(owner)}
     for name in _probe(model):
         calls[name] = "calls torch.fft"

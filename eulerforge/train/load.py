@@ -21,7 +21,6 @@ from torch import nn
 from eulerforge.config.schema import PretrainPreset
 from eulerforge.distributed.context import ProcessContext
 from eulerforge.distributed.parallelize import (
-    COMFORTABLE,
     STRATEGIES,
     ParallelModel,
     ParallelOptions,
@@ -30,8 +29,8 @@ from eulerforge.distributed.parallelize import (
     load_shards,
 )
 from eulerforge.errors import PresetError
+from eulerforge.memory.peak import PeakMemory
 from eulerforge.metrics.console import Console
-from eulerforge.metrics.meters import binary_size
 from eulerforge.models.blocks import FoundBlock
 from eulerforge.models.build import build_grown, build_model, embedding_rows, grow_vocabulary
 from eulerforge.models.compiling import compile_blocks
@@ -48,6 +47,7 @@ from eulerforge.precision.plan import PrecisionPlan, PrecisionRequest, plan_prec
 from eulerforge.precision.processor import ALLOW_VARIABLE, computes_in_bfloat16
 from eulerforge.precision.regions import Float32Region
 from eulerforge.precision.rules import RULES
+from eulerforge.train.budget import Budget, MemoryWatch, Settled
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class ModelRequest:
     Attributes:
         blocks: families that the directory shows.
         wanted: the preset's precision.
+        accumulation: micro-batches of a step.
         checkpoint: where the weights come from when a run is resumed.
         resumed_stored: dtype of parameters and optimiser state in that checkpoint.
     """
@@ -68,6 +69,7 @@ class ModelRequest:
     tokenizer: Tokenizer
     context: ProcessContext
     console: Console
+    accumulation: int = 1
     checkpoint: Path | None = None
     resumed_stored: str | None = None
 
@@ -78,14 +80,12 @@ class ModelRequest:
 
     def build(self) -> Any:
         """The whole model on CPU with its weights, its vocabulary grown."""
-        report = self.report if self.context.world_size == 1 else lambda model: None
         return build_grown(
             self.directory,
             self.preset.trust_remote_code,
             self.seed,
             self.tokenizer.vocab_size,
             self.checkpoint,
-            report,
         )
 
     def build_skeleton(self) -> Any:
@@ -121,12 +121,14 @@ class LoadedModel:
         parallel: how it is called and shared.
         precision: the plan in force.
         audited: what the audit of the first step watches.
+        memory: the forecast, to be held against the truth.
     """
 
     model: Any
     parallel: ParallelModel
     precision: PrecisionPlan
     audited: AuditedModel
+    memory: MemoryWatch
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
@@ -134,48 +136,50 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
     Raises:
         ModelError: the directory cannot be built, or cannot be sharded.
-        PresetError: the model's blocks do not bear the precision that the preset asks for.
+        PresetError: the model's blocks do not bear the precision that the preset asks for, or it does not fit into
+            memory.
     """
     context, console = request.context, request.console
-    several = context.world_size > 1
-    if several:
-        # A skeleton first: it tells the size, which decides the strategy, and costs no memory. The first process of
-        # a node imports the directory's code before the others: transformers copies it into a cache, where a second
-        # process could read a half-written file.
-        with context.local_main_first("code"):
-            model = request.build_skeleton()
-    else:
-        model = request.build()
-    blocks = find_block_modules(model)
+    peak = PeakMemory(context.device)
+    # A skeleton first: it tells blocks and size, which decide precision and strategy, and costs no memory. The first
+    # process of a node imports the directory's code before the others: transformers copies it into a cache, where a
+    # second process could read a half-written file.
+    with context.local_main_first("code"):
+        skeleton = request.build_skeleton()
+    blocks = find_block_modules(skeleton)
     plan = settle_precision(request, families_of(blocks))
-    free = free_memory(context.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    name, reason = choose_strategy(request.preset.distributed.strategy, context.world_size, state_bytes(model), free)
-    replicate = request.preset.distributed.replicate
-    shards = context.world_size // replicate if name == "fsdp" else 1
-    plan = _settle_masters(plan, request, state_bytes(model) // shards, free)
+    # Of rank 0 for all: what is decided by it must be the same everywhere.
+    free = int(context.from_main("free memory", lambda: str(_free_memory(context))))
+    distributed = request.preset.distributed
+    name, reason = choose_strategy(distributed.strategy, context.world_size, state_bytes(skeleton), free)
+    if request.resumed_stored is not None:
+        plan = plan.with_masters(request.resumed_stored == "float32", "as in the checkpoint")
+    world_size = context.world_size
+    budget = Budget(skeleton, request.preset, name, world_size, request.accumulation, context.device, free)
+    settled = Settled.parse(context.from_main("memory", lambda: budget.settle(plan, console).text()))
+    plan = plan.with_masters(settled.masters, settled.why)
     for line in plan.lines():
         console.say(line)
     for warning in plan.warnings:
         console.warn(warning)
-    if several:
-        console.say(f"World size {context.world_size}, strategy {name} ({reason})")
-    kept = frozenset(float32_parameters(model))
+    if world_size > 1:
+        console.say(f"World size {world_size}, strategy {name} ({reason})")
+    kept = frozenset(float32_parameters(skeleton))
     if kept and plan.compute != "float32":
         shown = ", ".join(sorted(kept)[:3]) + ", ..." * (len(kept) > 3)
         console.say(f"{len(kept)} parameters stay in float32: {shown}")
     strict = float32_modules(blocks, [family for family, rule in RULES.items() if rule.needs_float32])
     if plan.selective:
-        _require_outside_of_blocks(model, strict)
-    options = ParallelOptions(context, plan, reason, replicate, kept, tuple(strict) if plan.selective else ())
+        _require_outside_of_blocks(skeleton, strict)
+    selected = tuple(strict) if plan.selective else ()
+    options = ParallelOptions(context, plan, reason, distributed.replicate, kept, selected)
     if name == "fsdp":
+        model = skeleton
         regions = _prepare(request, model, options)
-        _report_memory(state_bytes(model) // shards, free, console)
         parallel = _shard(request, model, options)
     else:
-        if several:
-            model = request.build()
+        model = request.build()
         regions = _prepare(request, model, options)
-        _report_memory(state_bytes(model), free, console)
         parallel = STRATEGIES[name](model, options)
     subject = AuditedModel(
         model=model,
@@ -186,7 +190,11 @@ def load_model(request: ModelRequest) -> LoadedModel:
         compiled=request.preset.training.compile,
         lenient=request.preset.training.precision_check == "warn",
     )
-    return LoadedModel(model, parallel, plan, subject)
+    return LoadedModel(model, parallel, plan, subject, MemoryWatch(settled.forecast, peak))
+
+
+def _free_memory(context: ProcessContext) -> int:
+    return free_memory(context.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def settle_precision(request: ModelRequest, found: Sequence[FoundBlock]) -> PrecisionPlan:
@@ -210,21 +218,6 @@ def settle_precision(request: ModelRequest, found: Sequence[FoundBlock]) -> Prec
         f"set training.dtype: float32 and training.amp: false (or {ALLOW_VARIABLE}=1 in the environment)",
         see="docs/precision.md",
     )
-
-
-def _settle_masters(plan: PrecisionPlan, request: ModelRequest, state: int, free: int) -> PrecisionPlan:
-    """Decide `master_weights: auto`.
-
-    Args:
-        state: bytes of float32 parameters, gradients and optimiser on one process.
-    """
-    if plan.masters is not None:
-        return plan
-    if request.resumed_stored is not None:
-        return plan.with_masters(request.resumed_stored == "float32", "as in the checkpoint")
-    fits = state <= COMFORTABLE * free
-    arithmetic = f"auto: with them {binary_size(state)} of {binary_size(free)} free per process"
-    return plan.with_masters(fits, f"{arithmetic}: it {'fits' if fits else 'does not fit'}")
 
 
 def _require_outside_of_blocks(model: Any, strict: Mapping[str, nn.Module]) -> None:
@@ -259,12 +252,6 @@ def _prepare(request: ModelRequest, model: Any, options: ParallelOptions) -> lis
         count = recompute_blocks(units, int(training.activation_checkpointing))
         request.console.say(f"Activation checkpointing: {count} of {len(units)} blocks are computed again")
     return regions
-
-
-def _report_memory(state: int, free: int, console: Console) -> None:
-    console.say(f"Memory for parameters, gradients and AdamW: {binary_size(state)} per process (activations on top)")
-    if state > free:
-        console.warn(f"that is more than the {binary_size(free)} that is free.")
 
 
 def _shard(request: ModelRequest, skeleton: Any, options: ParallelOptions) -> ParallelModel:

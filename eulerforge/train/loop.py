@@ -24,6 +24,7 @@ class LoopParts:
         learning_rate: of a step (1-based).
         rows_per_step, rows_per_epoch: over all ranks, for the epoch count.
         on_first_step: told the first loss, for a word on whether it looks like an untrained model's.
+        on_second_step: called after the second step of this process, when memory has seen its peak.
         on_skip: told the number of a step whose update was left out.
         evaluate: the loss on held-out rows, None where there are none.
         save: writes a checkpoint of the current weights, or begins to (`async_checkpoint`).
@@ -38,6 +39,7 @@ class LoopParts:
     save: Callable[[int], None]
     wait: Callable[[], None]
     on_first_step: Callable[[float], None]
+    on_second_step: Callable[[], None]
     on_skip: Callable[[int], None]
     max_steps: int
     log_steps: int
@@ -55,7 +57,7 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
     Raises:
         TrainingError: loss or gradients are not finite.
     """
-    meter = SpeedMeter(before=state.elapsed)
+    meter, begun_at = SpeedMeter(before=state.elapsed), state.step
     while state.step < parts.max_steps:
         # A skipped step is none: the next rows are trained on under its number, and its learning rate.
         step, position = state.step + 1, state.step + state.skipped
@@ -74,6 +76,8 @@ def fit(parts: LoopParts, state: TrainState) -> SpeedMeter:
         state.advance(result.tokens, meter.elapsed)
         if step == 1:
             parts.on_first_step(result.loss)
+        if step == begun_at + 2:
+            parts.on_second_step()
         last = step == parts.max_steps
         evaluation = Evaluation(None, result.stop)
         if parts.evaluate is not None and not result.stop and (last or step % parts.eval_steps == 0):

@@ -444,7 +444,7 @@ SOURCE_CASES = [
 ]
 """Sources and how they are read."""
 
-PRECISION_CASES = [
+CONTRADICTION_CASES = [
     _value("training", "compile: 2", "must be true or false", "training.compile"),
     _value("training", "activation_checkpointing: -1", "false, true or a whole number of at least 1", ""),
     _value("training", "master_weights: 1", "must be true, false or auto", "training.master_weights"),
@@ -1226,7 +1226,7 @@ CASES = [
     *PRESET_CASES,
     *VALUE_CASES,
     *SOURCE_CASES,
-    *PRECISION_CASES,
+    *CONTRADICTION_CASES,
     *SET_CASES,
     *USAGE_CASES,
     *MODEL_CASES,

@@ -63,6 +63,7 @@ class _Run:
     logged: list[StepMetrics] = field(default_factory=list)
     signalled: bool = False
     overflows: tuple[int, ...] = ()
+    seconds: list[int] = field(default_factory=list)
 
     def train_step(self, step: int, parts: StepParts, batches: Any) -> StepResult:
         assert batches == f"batches of {step - 1 + self.state.skipped}"
@@ -122,6 +123,7 @@ class _Run:
             evaluate=None if self.eval_steps is None else self.evaluate,
             save=self.save,
             wait=self.wait,
+            on_second_step=lambda: self.seconds.append(self.state.step),
             on_skip=lambda step: self.events.append(f"skip {step}"),
             on_first_step=lambda loss: self.events.append(f"first loss {loss}"),
             max_steps=self.max_steps,

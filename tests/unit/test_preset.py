@@ -327,6 +327,7 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
             "master_weights": "auto",
             "optimizer": "adamw",
             "precision_check": "error",
+            "memory_check": "error",
             "seed": 42,
             "activation_checkpointing": False,
             "compile": False,
