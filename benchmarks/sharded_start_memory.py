@@ -76,7 +76,8 @@ def _worker(folder: Path) -> None:
     from eulerforge.models.stats import count_parameters
     from eulerforge.models.tokenizer import load_tokenizer
     from eulerforge.preflight import inspect, precision_request
-    from eulerforge.train.load import ModelRequest, load_model
+    from eulerforge.train.decide import ModelRequest
+    from eulerforge.train.load import load_model
 
     flight = inspect(load_preset(folder / "preset.yml"))
     context = start_processes("cpu", int(os.environ.get("WORLD_SIZE", "1")), 600)

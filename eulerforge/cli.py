@@ -210,8 +210,7 @@ def _pretrain_until(arguments: argparse.Namespace, watch: StopWatch) -> int:
     flight = inspect(loaded, arguments.resume, owns_output=_is_main() and not arguments.node_rank)
     if arguments.validate_only:
         _announce(flight, console)
-        _say_precision(flight, console)
-        console.say(f"Device: {flight.preset.device}")
+        _rehearse(flight, arguments, console)
         return 0
     plan = _plan(flight, arguments)
     if arguments.dry_run:
@@ -301,12 +300,23 @@ def _announce(flight: Preflight, console: Console) -> None:
         console.say(hint.line())
 
 
-def _say_precision(flight: Preflight, console: Console) -> None:
-    """As far as the model directory tells."""
-    for line in flight.precision.lines():
-        console.say(line)
-    for warning in flight.precision.warnings:
-        console.warn(warning)
+def _rehearse(flight: Preflight, arguments: argparse.Namespace, console: Console) -> None:
+    """Precision, strategy and memory of the training, from the model without weights."""
+    wanted = flight.preset.device
+    try:
+        plan = _plan(flight, arguments)
+        device, world_size, nproc = plan.device, plan.world_size, plan.nproc
+        # A login node without GPUs is not where it will run.
+        if plan.device == "cpu" and wanted != "cpu":
+            device = "cuda"
+    except UsageError as error:
+        console.warn(f"not on this machine: {error}; what follows is for one process")
+        device, world_size, nproc = wanted, 1, 1
+    console.say(f"Device: {wanted}")
+
+    from eulerforge.rehearsal import rehearse
+
+    rehearse(flight, device, world_size, nproc, console)
 
 
 def _train(flight: Preflight, plan: LaunchPlan, console: Console, watch: StopWatch) -> Path:

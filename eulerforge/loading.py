@@ -36,8 +36,9 @@ from eulerforge.precision.plan import PrecisionPlan
 from eulerforge.preflight import Preflight, precision_request
 from eulerforge.train.budget import MemoryWatch
 from eulerforge.train.checkpoint import checkpoint_bytes
+from eulerforge.train.decide import ModelRequest
 from eulerforge.train.fingerprint import fixed_by_data, fixed_by_input, require_unchanged, setting_changes
-from eulerforge.train.load import LoadedModel, ModelRequest, load_model
+from eulerforge.train.load import LoadedModel, load_model
 from eulerforge.train.resume import choose_checkpoint
 from eulerforge.train.run_directory import DEFAULT_PARENT, RunDirectory
 from eulerforge.train.signals import StopWatch

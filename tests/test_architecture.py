@@ -20,7 +20,7 @@ LAYERS = (
     {"train"},
     {"preflight"},
     {"corpus"},
-    {"loading", "inspection"},
+    {"loading", "inspection", "rehearsal"},
     {"assembly"},
     {"worker", "quickstart"},
     {"commands"},
@@ -47,7 +47,7 @@ LIGHT_MODULES = (
     "train.signals",
     "metrics.console",
 )
-"""What `--help` and `--validate-only` import: none of HEAVY, at any depth, outside functions."""
+"""What `--help` and all checks before the model import: none of HEAVY, at any depth, outside functions."""
 
 
 def _modules(package: str) -> list[Path]:

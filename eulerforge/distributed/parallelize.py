@@ -78,13 +78,13 @@ class ParallelOptions:
     float32_modules: tuple[str, ...] = ()
 
 
-def choose_strategy(requested: str, world_size: int, state_bytes: int, free_bytes: int) -> tuple[str, str]:
+def choose_strategy(requested: str, world_size: int, state_bytes: int, free_bytes: int | None) -> tuple[str, str]:
     """Resolve `distributed.strategy`.
 
     Args:
         requested: `auto`, `ddp` or `fsdp`.
         state_bytes: parameters + gradients + optimiser of the whole model.
-        free_bytes: free memory of one process's device.
+        free_bytes: free memory of one process's device; None where that cannot be known.
 
     Returns:
         a key of `STRATEGIES` and the reason, with the arithmetic where it decided.
@@ -93,6 +93,8 @@ def choose_strategy(requested: str, world_size: int, state_bytes: int, free_byte
         return "single", "one process needs no strategy"
     if requested != "auto":
         return requested, f"distributed.strategy: {requested}"
+    if free_bytes is None:
+        return "fsdp", "auto: or ddp where the state fits comfortably; memory is not known here"
     need, free = state_bytes / 2**30, free_bytes / 2**30
     fits = state_bytes <= COMFORTABLE * free_bytes
     arithmetic = (

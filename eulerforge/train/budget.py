@@ -51,7 +51,7 @@ class Budget:
         model: a skeleton will do.
         strategy: as chosen.
         accumulation: micro-batches of a step.
-        free: bytes that one process may use.
+        free: bytes that one process may use; None where that cannot be known.
     """
 
     model: Any
@@ -60,7 +60,7 @@ class Budget:
     world_size: int
     accumulation: int
     device: torch.device
-    free: int
+    free: int | None
 
     def settle(self, plan: PrecisionPlan, console: Console) -> Settled:
         """Decide `master_weights: auto`, and refuse what cannot fit.
@@ -71,7 +71,9 @@ class Budget:
         try:
             tracer = Tracer(self.model)
             fits, why = True, ""
-            if plan.masters is None:
+            if plan.masters is None and self.free is None:
+                why = "auto: if they fit, which cannot be known here"
+            elif plan.masters is None and self.free is not None:
                 needed = forecast(self.model, self._workload(plan), tracer).total
                 fits = needed <= self.free
                 numbers = f"auto: with them {binary_size(needed)} of {binary_size(self.free)} free per process"
@@ -82,8 +84,8 @@ class Budget:
             console.warn(f"no memory forecast for this model: {type(error).__name__}: {reason_of(error)}")
             return Settled(True, "auto: memory is not known", 0)
         console.say(_summary(estimate, self.free))
-        if estimate.total > self.free:
-            self._refuse(workload, estimate, tracer, console)
+        if self.free is not None and estimate.total > self.free:
+            self._refuse(workload, estimate.total, self.free, tracer, console)
         return Settled(fits, why, estimate.total)
 
     def _workload(self, plan: PrecisionPlan) -> Workload:
@@ -102,10 +104,9 @@ class Budget:
             device=self.device.type,  # type: ignore[arg-type]
         )
 
-    def _refuse(self, workload: Workload, estimate: Forecast, tracer: Tracer, console: Console) -> None:
-        free = binary_size(self.free)
-        what = f"this training needs about {binary_size(estimate.total)} per process, and {free} is free"
-        advice = fitting_settings(self.model, workload, self.free, tracer)
+    def _refuse(self, workload: Workload, needed: int, free: int, tracer: Tracer, console: Console) -> None:
+        what = f"this training needs about {binary_size(needed)} per process, and {binary_size(free)} is free"
+        advice = fitting_settings(self.model, workload, free, tracer)
         ways = "; or ".join(
             f"{' and '.join(way.settings)} ({binary_size(way.total)}{'' if way.fits else ', still too much'})"
             for way in advice
@@ -120,7 +121,7 @@ class Budget:
         )
 
 
-def _summary(estimate: Forecast, free: int) -> str:
+def _summary(estimate: Forecast, free: int | None) -> str:
     parts = {
         "parameters": estimate.parameters,
         "gradients": estimate.gradients,
@@ -134,7 +135,7 @@ def _summary(estimate: Forecast, free: int) -> str:
     notes = "".join(f"; not counted: {note}" for note in estimate.notes)
     return (
         f"Memory forecast: {binary_size(estimate.total)} per process at the peak {estimate.moment}, "
-        f"{binary_size(free)} free ({listed}{notes})"
+        f"{'memory here not known' if free is None else f'{binary_size(free)} free'} ({listed}{notes})"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.test_eulerstack import export
-from tests.kit.commands import Result, Workspace, run_command
+from tests.kit.commands import Result, Workspace, run_command, run_here
 from tests.kit.models import edit_code, replace_helper, write_blocks, write_custom, write_llama
 from tests.kit.tokenizers import write_byte_tokenizer
 
@@ -122,7 +122,7 @@ def test_each_model_with_each_precision(ready: Workspace, name: str, choice: str
 def test_an_fft_in_an_installed_package_is_found_when_the_model_is_built(
     ready: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The directory shows nothing of it, so --validate-only passes; a training is refused before it writes."""
+    """The directory shows nothing of it, and needs not: it is refused before anything is written."""
     package = ready.path / "packages"
     package.mkdir()
     (package / "kit_mixers.py").write_text(
@@ -133,10 +133,10 @@ def test_an_fft_in_an_installed_package_is_found_when_the_model_is_built(
     monkeypatch.syspath_prepend(str(package))
     model = write_blocks(ready.path / "model", ["helper", "attention"])
     replace_helper(model, "from kit_mixers import mix as convolve\n")
-    assert _train(ready, model, "--validate-only", dtype="bfloat16").code == 0
-    result = _train(ready, model, dtype="bfloat16")
-    assert result.code == 2
-    assert "fft (layers.0.mixer (Mixer) calls torch.fft)" in result.err
+    for arguments in (("--validate-only",), ()):
+        result = _train(ready, model, *arguments, dtype="bfloat16")
+        assert result.code == 2
+        assert "fft (layers.0.mixer (Mixer) calls torch.fft)" in result.err
     assert not (ready.path / "run").exists()
     # Unset, the precision follows the blocks that only the built model shows.
     result = _train(ready, model)
@@ -144,11 +144,30 @@ def test_an_fft_in_an_installed_package_is_found_when_the_model_is_built(
     assert "dtype unset and the model holds FFT blocks: fft (layers.0.mixer (Mixer) calls torch.fft)" in result.out
 
 
-def test_validate_only_prints_the_plan_without_torch(ready: Workspace) -> None:
-    result = _train(ready, export(ready.path / "model", "full"), "--validate-only", amp="selective")
-    assert result.code == 0
+def test_validate_only_prints_plan_and_forecast_and_writes_nothing(ready: Workspace) -> None:
+    model = export(ready.path / "model", "full")
+    result = _train(ready, model, "--validate-only", "--nproc", "2", amp="selective")
+    assert result.code == 0, result.err
     assert "Precision: dtype unset and amp: selective" in result.out
-    assert "  blocks  float32   hyena (config.json stack.pattern[2] block: hyena)" in result.out
+    assert "  blocks  float32   hyena (eulerstack.layers.2.backbone.impl.hyena (HyenaOperator) calls" in result.out
+    assert "World size 2, strategy ddp (auto: " in result.out
+    assert "Memory forecast: " in result.out
+    assert not (ready.path / "run").exists()
+    refused = _train(ready, model, "--validate-only", dtype="bfloat16")
+    assert refused.code == 2
+
+
+def test_validate_only_for_a_gpu_that_is_not_here(ready: Workspace) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs here")
+    preset = ready.preset(
+        device="cuda", model_dir=str(write_llama(ready.path / "model")), training__dtype="bfloat16",
+        training__amp=..., tokenizer=str(ready.path / "tokenizer"),
+    )  # fmt: skip
+    result = run_here("pretrain", "--preset", str(preset), "--validate-only")
+    assert result.code == 0, result.err
+    assert "memory here not known" in result.out
+    assert "master weights and optimiser state (auto: if they fit, which cannot be known here)" in result.out
 
 
 # --- selective --------------------------------------------------------------------------------------------------
@@ -235,9 +254,9 @@ def test_a_model_that_switches_autocast_off_is_stopped(ready: Workspace) -> None
 
 
 def test_a_processor_without_bfloat16(ready: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eulerforge.train import load
+    from eulerforge.train import decide
 
-    monkeypatch.setattr(load, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(decide, "computes_in_bfloat16", lambda: False)
     model = write_llama(ready.path / "model")
     result = _train(ready, model, max_steps=1)
     assert result.code == 0
