@@ -83,9 +83,12 @@ def test_selective_is_the_same_on_two_ranks(ready: Workspace, name: str) -> None
         for one, two in zip(ready.metrics("single"), ready.metrics(strategy), strict=True):
             assert two["data_hash"] == one["data_hash"]
             # Under fsdp a block's input is cast to bfloat16 as a whole, under autocast at each linear layer.
-            loose = strategy == "fsdp"
-            assert two["loss"] == pytest.approx(one["loss"], rel=1e-3 if loose else 1e-4)
-            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-2 if loose else 2e-3)
+            # After the first step, rounding in bfloat16 goes its own way, through the choice of experts most of all.
+            if one["step"] == 1:
+                exact = strategy == "ddp"
+                assert two["loss"] == pytest.approx(one["loss"], rel=1e-5 if exact else 1e-3)
+                assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4 if exact else 2e-2)
+            assert two["loss"] == pytest.approx(one["loss"], rel=5e-3)
 
 
 def test_state_space_parameters_are_whole_and_right_on_every_rank(ready: Workspace) -> None:

@@ -231,8 +231,11 @@ def test_saved_dtype_is_the_one_that_config_and_preset_say(
     assert json.loads((final / "config.json").read_text())["dtype"] == dtype
 
 
-def test_bfloat16_trains_on_float32_masters(workspace: Workspace, byte_tokenizer: Path) -> None:
+def test_bfloat16_trains_on_float32_masters(
+    workspace: Workspace, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bfloat16 norm weight would stay at exactly 1.0 under updates of 3e-4; float32 masters move."""
+    monkeypatch.setenv("EULERFORGE_ALLOW_SLOW_BF16", "1")
     write_custom(workspace.path / "probe", "probe")
     write_llama(workspace.path / "model")
     workspace.jsonl("data.jsonl", TEXTS)
@@ -245,7 +248,9 @@ def test_bfloat16_trains_on_float32_masters(workspace: Workspace, byte_tokenizer
         training__scheduler="constant",
     )
     assert result.code == 0, result.err
-    assert "Precision: stored float32, compute bfloat16, saved bfloat16" in result.out
+    assert "  stored  float32   master weights and optimiser state (auto: " in result.out
+    assert "  compute bfloat16  autocast" in result.out
+    assert "  saved   bfloat16  weights" in result.out
     norm = load_file(workspace.path / "run" / "final" / "model.safetensors")["model.norm.weight"]
     assert (norm != 1.0).any()
 
