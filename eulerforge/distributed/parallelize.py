@@ -26,12 +26,13 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eulerforge.distributed.context import ProcessContext
 from eulerforge.distributed.gradients import anchor_parameters, average_replicated_gradients
 from eulerforge.models.lean import materialise, parameter_marks, restore_marks
+from eulerforge.models.shards import local_rows
 from eulerforge.models.units import find_wrap_units
 from eulerforge.precision.plan import PrecisionPlan
 
@@ -227,30 +228,10 @@ def load_shards(model: nn.Module, weights: Path) -> None:
             if not isinstance(target, DTensor):
                 target.copy_(file.get_tensor(name))
             elif target.to_local().numel():
-                start, stop = _local_rows(target)
+                start, stop = local_rows(target)
                 target.to_local().copy_(file.get_slice(name)[start:stop])
     empty = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]
     assert not empty, f"no values for {empty[:4]}"
-
-
-def _local_rows(tensor: DTensor) -> tuple[int, int]:
-    """First and last + 1 row of this process's shard."""
-    mesh = tensor.device_mesh
-    start, rows = 0, tensor.shape[0]
-    for dimension, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            continue
-        assert isinstance(placement, Shard)
-        assert placement.dim == 0
-        chunk = -(-rows // mesh.size(dimension))
-        start = min(mesh.get_local_rank(dimension) * chunk, rows)
-        rows = min(chunk, rows - start)
-    return start, start + rows
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded. Every process must call it, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def free_memory(device: torch.device, local_processes: int) -> int:

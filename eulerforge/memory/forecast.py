@@ -16,18 +16,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from eulerforge.errors import ModelError
 from eulerforge.memory.blocks import BlockCost
 from eulerforge.memory.course import Course, Sharding
 from eulerforge.memory.trace import Pass, Tracer
 from eulerforge.models.units import find_wrap_units
+from eulerforge.optim.adamw import SMALLEST_IN_8_BITS
+from eulerforge.optim.blockwise import BLOCK
+from eulerforge.optim.layout import TILE
+from eulerforge.optim.optimizer import muon_matrices
 
-SMALLEST_IN_8_BITS = 4096
-SCALED_BLOCK = 256
-OPTIMIZER_TILE = 2**21
-"""Of `optim/adamw.py`, `optim/blockwise.py` and `optim/layout.py`; a test compares them."""
 RUNTIME = 20 * 2**20
 """Threads, kernels and their scratch memory, in a process that has imported torch but not yet used it."""
 HEAP_SHARE = 0.2
@@ -245,7 +244,7 @@ class _State:
         gradients = size(trained)
         if workload.strategy == "fsdp" and workload.accumulation > 1:
             gradients += sum(parameter.numel() for parameter in trained) * torch.float32.itemsize
-        matrices = _matrices(model, units) if workload.optimizer == "muon" else set()
+        matrices = set(map(id, muon_matrices(model))) if workload.optimizer == "muon" else set()
         return cls(
             parameters=size(parameters),
             gradients=gradients,
@@ -273,20 +272,8 @@ def _moments(parameter: nn.Parameter, shards: int, width: int, optimizer: str, i
         return elements * width
     if optimizer != "adamw8bit" or parameter.ndim < 2 or parameter.numel() < SMALLEST_IN_8_BITS:
         return 2 * elements * width
-    scales = rows_of(parameter.shape[0], shards, 0) * -(-math.prod(parameter.shape[1:]) // SCALED_BLOCK)
+    scales = rows_of(parameter.shape[0], shards, 0) * -(-math.prod(parameter.shape[1:]) // BLOCK)
     return 2 * (elements + scales * torch.float32.itemsize)
-
-
-def _matrices(model: Any, units: Sequence[nn.Module]) -> set[int]:
-    """Muon's: weights of linear layers in blocks, by id."""
-    accessors = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    tables = {id(getattr(accessor(), "weight", None)) for accessor in accessors if accessor is not None}
-    return {
-        id(layer.weight)
-        for unit in units
-        for layer in unit.modules()
-        if isinstance(layer, nn.Linear | Conv1D) and layer.weight.requires_grad
-    } - tables
 
 
 def _update_scratch(trained: Sequence[nn.Parameter], workload: Workload, matrices: set[int]) -> int:
@@ -294,7 +281,7 @@ def _update_scratch(trained: Sequence[nn.Parameter], workload: Workload, matrice
     if workload.optimizer == "adamw" and workload.stored == torch.float32:
         return 0
     largest = max((parameter.numel() for parameter in trained), default=0)
-    tile = _TILE_TENSORS * torch.float32.itemsize * min(OPTIMIZER_TILE, largest)
+    tile = _TILE_TENSORS * torch.float32.itemsize * min(TILE, largest)
     # Muon's iterations: the direction, two matrices of its shape, and two products with itself.
     turns = [3 * p.numel() + 2 * min(p.shape) ** 2 for p in trained if id(p) in matrices]
     return max([tile, *(elements * torch.float32.itemsize for elements in turns)])

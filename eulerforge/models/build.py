@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from eulerforge.errors import ModelError, reason_of
 from eulerforge.models.directory import ModelDirectory, find_weights
@@ -197,18 +196,22 @@ def _quiet_transformers() -> Iterator[None]:
 
 def embedding_rows(model: Any) -> int:
     """Rows of the input embedding; `config.vocab_size` for models that do not expose one."""
-    embedding = _input_embedding(model)
+    embedding, _ = embedding_tables(model)
     if embedding is not None:
         return int(embedding.weight.shape[0])
     return int(model.config.vocab_size)
 
 
-def _input_embedding(model: Any) -> nn.Embedding | None:
-    try:
-        embedding = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-    return embedding if hasattr(embedding, "weight") else None
+def embedding_tables(model: Any) -> tuple[Any, Any]:
+    """Input embedding and output head; None for what the model does not expose or what has no weight."""
+    tables = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            table = getattr(model, name)()
+        except (NotImplementedError, AttributeError):  # transformers leaves them to the model's own code
+            table = None
+        tables.append(table if hasattr(table, "weight") else None)
+    return tables[0], tables[1]
 
 
 def grow_vocabulary(model: Any, rows: int) -> None:
@@ -226,7 +229,7 @@ def grow_vocabulary(model: Any, rows: int) -> None:
         f"implement get_input_embeddings/set_input_embeddings (and the output pair) in the model, "
         f"or build it with vocab_size {rows}"
     )
-    if _input_embedding(model) is None:
+    if embedding_tables(model)[0] is None:
         raise ModelError(
             f"the tokenizer needs {rows} embedding rows, but {type(model).__name__} does not expose its embeddings",
             advice,
@@ -236,7 +239,7 @@ def grow_vocabulary(model: Any, rows: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     except (NotImplementedError, AttributeError, RuntimeError, ValueError) as error:
         raise ModelError(f"cannot grow the embeddings to {rows} rows: {reason_of(error)}", advice) from error
-    output = model.get_output_embeddings()
+    _, output = embedding_tables(model)
     if embedding_rows(model) != rows or (output is not None and output.weight.shape[0] != rows):
         raise ModelError(f"growing the embeddings to {rows} rows had no effect on {type(model).__name__}", advice)
     if was_tied and not is_tied(model):
@@ -245,9 +248,5 @@ def grow_vocabulary(model: Any, rows: int) -> None:
 
 def is_tied(model: Any) -> bool:
     """Whether input embedding and output head are one parameter."""
-    embedding = _input_embedding(model)
-    try:
-        output = model.get_output_embeddings()
-    except (NotImplementedError, AttributeError):
-        return False
-    return embedding is not None and output is not None and embedding.weight is getattr(output, "weight", None)
+    embedding, output = embedding_tables(model)
+    return embedding is not None and output is not None and embedding.weight is output.weight

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eulerforge.errors import reason_of
 from eulerforge.models.blocks import Family, FoundBlock
 from eulerforge.models.fft_code import calls_fft
 from eulerforge.models.forward import CausalForward
@@ -59,12 +60,15 @@ class BlockModule:
         return f"{self.name or 'the model itself'} ({type(self.module).__name__})"
 
 
-def find_block_modules(model: Any) -> list[BlockModule]:
+def find_block_modules(model: Any, warn: Callable[[str], None] = lambda line: None) -> list[BlockModule]:
     """The modules of each family, in the order of the model; where one holds another of its family, the outer one.
 
     Repeated blocks (layers) are looked into: of `RetNetBlock(norm, retention, mlp)` it is the retention that counts.
+
+    Args:
+        warn: told where the model could not be run without weights, and only its code was read.
     """
-    fft = fft_calls(model)
+    fft = fft_calls(model, warn)
     found: list[BlockModule] = []
     for name, module in model.named_modules():
         block = _classify(name, module, fft)
@@ -157,19 +161,19 @@ def float32_parameters(model: nn.Module) -> set[str]:
     return kept
 
 
-def fft_calls(model: Any) -> dict[str, str]:
+def fft_calls(model: Any, warn: Callable[[str], None]) -> dict[str, str]:
     """Paths of the modules that call a Fourier transform, and how that is known.
 
     Seen in a probe forward, or reachable from the module's code.
     """
     classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
     calls = {name: "has code that calls torch.fft" for name, owner in classes.items() if calls_fft(owner)}
-    for name in _probe(model):
+    for name in _probe(model, warn):
         calls[name] = "calls torch.fft"
     return calls
 
 
-def _probe(model: Any) -> set[str]:
+def _probe(model: Any, warn: Callable[[str], None]) -> set[str]:
     """Modules that call an FFT in a forward pass of a twin of the model without real weights.
 
     First with fake tensors, which cost nothing. Models that route by value (mixtures of experts) refuse those; they
@@ -178,8 +182,12 @@ def _probe(model: Any) -> set[str]:
     """
     # torch's own failures inside fake tensors and a model's failures on an unusual input are of any kind.
     for fake in (FakeTensorMode(allow_non_fake_inputs=True), None):
-        with contextlib.suppress(Exception), _without_logs():
-            return _run_twin(model, fake)
+        try:
+            with _without_logs():
+                return _run_twin(model, fake)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {reason_of(error)}"
+    warn(f"the model cannot be run without its weights ({reason}); FFTs are looked for in its code only")
     return set()
 
 

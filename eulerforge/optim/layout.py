@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
+from eulerforge.models.shards import local_rows
 from eulerforge.optim.rounding import mixed_seed, random_bits
 
 TILE = 2**21
@@ -81,18 +82,8 @@ class Layout:
     def of(cls, parameter: torch.Tensor) -> Layout:
         """The layout of a plain parameter, or of one that is sharded in dimension 0 as `torch.chunk` cuts."""
         rows = parameter.shape[0] if parameter.ndim else 1
-        columns = math.prod(parameter.shape[1:])
-        start, count = 0, rows
-        if isinstance(parameter, DTensor):
-            for dimension, placement in enumerate(parameter.placements):
-                if isinstance(placement, Replicate):
-                    continue
-                assert type(placement) is Shard, f"{placement}: only dimension 0 may be sharded"
-                assert placement.dim == 0, f"{placement}: only dimension 0 may be sharded"
-                chunk = -(-count // parameter.device_mesh.size(dimension))
-                offset = min(parameter.device_mesh.get_local_rank(dimension) * chunk, count)
-                start, count = start + offset, min(chunk, count - offset)
-        return cls(rows, columns, start, count)
+        start, stop = local_rows(parameter)
+        return cls(rows, math.prod(parameter.shape[1:]), start, stop - start)
 
     def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """This process's elements as (local_rows, columns); a copy where they are not contiguous."""
@@ -135,11 +126,6 @@ def weights_of(parameter: torch.Tensor, layout: Layout) -> Iterator[torch.Tensor
     yield matrix
     if not local.is_contiguous():  # the matrix is a copy
         local.copy_(matrix.view(local.shape))
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded. Every process must call it, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(parameter: torch.Tensor, local: torch.Tensor, shape: torch.Size) -> torch.Tensor:

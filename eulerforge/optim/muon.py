@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from eulerforge.models.shards import full_tensor
 from eulerforge.optim.adamw import LeanAdamW, write, zeros_like_parameter
-from eulerforge.optim.layout import Layout, full_tensor, gradient_of, sharded_like, weights_of
+from eulerforge.optim.layout import Layout, gradient_of, sharded_like, weights_of
 
 MOMENTUM = 0.95
 ITERATIONS = 5

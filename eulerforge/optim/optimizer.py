@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from eulerforge.errors import ModelError
+from eulerforge.models.build import embedding_tables
 from eulerforge.models.units import find_wrap_units
 from eulerforge.optim.adamw import LeanAdamW
 from eulerforge.optim.layout import local_part
@@ -98,7 +99,7 @@ def muon_matrices(model: Any) -> list[nn.Parameter]:
     Raises:
         ModelError: there are none.
     """
-    tables = {id(table.weight) for table in _tables(model)}
+    tables = {id(table.weight) for table in embedding_tables(model) if table is not None}
     found: dict[int, Any] = {
         id(layer.weight): layer.weight
         for block in _blocks(model)
@@ -127,15 +128,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
             f"{type(model).__name__}: the optimiser muon found no repeated blocks",
             "name the block class in the model's `_no_split_modules`, or use adamw instead",
         ) from error
-
-
-def _tables(model: Any) -> Iterator[nn.Module]:
-    """Input embedding and output head, where the model tells."""
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        accessor = getattr(model, name, None)
-        table = None if accessor is None else accessor()
-        if table is not None and isinstance(getattr(table, "weight", None), nn.Parameter):
-            yield table
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

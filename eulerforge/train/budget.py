@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from eulerforge.config.schema import PretrainPreset
-from eulerforge.errors import PresetError, reason_of
+from eulerforge.errors import InputError, PresetError, reason_of
 from eulerforge.memory.advice import fitting_settings
 from eulerforge.memory.forecast import Forecast, Workload, forecast
 from eulerforge.memory.peak import PeakMemory
@@ -80,6 +80,8 @@ class Budget:
                 why = f"{numbers}: it {'fits' if fits else 'does not fit'}"
             workload = self._workload(plan.with_masters(fits, why))
             estimate = forecast(self.model, workload, tracer)
+        except InputError:  # muon, and nothing for it to do
+            raise
         except Exception as error:  # a model that training can run, and fake tensors cannot
             console.warn(f"no memory forecast for this model: {type(error).__name__}: {reason_of(error)}")
             return Settled(True, "auto: memory is not known", 0)

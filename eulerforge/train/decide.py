@@ -122,7 +122,7 @@ def decide(request: ModelRequest, skeleton: Any, free: int | None) -> Decisions:
             memory.
     """
     context, console, world_size = request.context, request.console, request.context.world_size
-    blocks = find_block_modules(skeleton)
+    blocks = find_block_modules(skeleton, console.warn)
     plan = settle_precision(request, families_of(blocks))
     wanted = request.preset.distributed.strategy
     name, reason = choose_strategy(wanted, world_size, state_bytes(skeleton), free)

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from eulerforge.distributed.parallelize import full_tensor
 from eulerforge.files import write_json
 from eulerforge.models.directory import ModelDirectory
+from eulerforge.models.shards import full_tensor
 from eulerforge.models.tokenizer import Tokenizer
 
 LOADER_MODULE = "modeling_eulerforge"

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from eulerforge.distributed.context import start_processes
-from eulerforge.optim.layout import full_tensor
+from eulerforge.models.shards import full_tensor
 from eulerforge.optim.optimizer import Kind, build_optimizer, clip_gradients
 from eulerforge.train.trainer_state import read_shared, shared_tensors, write_shared
 from tests.kit.commands import run_python

@@ -526,3 +526,11 @@ def test_memory_check_warn_tries_it_all_the_same(ready: Workspace, monkeypatch: 
     assert result.code == 0, result.err
     assert "Warning: this training needs about " in result.out
     assert "(memory_check: warn); smaller: " in result.out
+
+
+def test_muon_for_a_model_without_matrices_is_refused_before_anything_is_written(ready: Workspace) -> None:
+    model = write_custom(ready.path / "model", "routed", factor=0.1)
+    result = _train(ready, model, dtype="float32", optimizer="muon")
+    assert result.code == 2, result.out
+    assert "Traceback" not in result.err
+    assert not (ready.path / "run").exists()

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from eulerforge.memory import forecast as forecasting
+from eulerforge.errors import ModelError
 from eulerforge.memory.advice import fitting_settings
 from eulerforge.memory.forecast import Workload, forecast, local_elements, rows_of
 from eulerforge.memory.peak import PeakMemory
 from eulerforge.memory.trace import LOSS_CHUNK, Pass, Tracer, trace
 from eulerforge.models.directory import ModelDirectory
 from eulerforge.models.lean import parameters_on_meta
-from eulerforge.optim import adamw, blockwise, layout
 from eulerforge.train.loss import CHUNK_ELEMENTS
 
 VOCAB, HIDDEN, INNER, BLOCKS = 1000, 32, 128, 3
@@ -155,11 +154,13 @@ def test_shards_make_up_the_whole(rows: int, shards: int) -> None:
     assert max(local_elements((rows, 5), shards, rank) for rank in range(shards)) == local_elements((rows, 5), shards)
 
 
-def test_constants_are_those_of_the_trainer() -> None:
+def test_the_loss_s_chunk_is_that_of_the_trainer() -> None:
     assert LOSS_CHUNK == CHUNK_ELEMENTS
-    assert forecasting.SMALLEST_IN_8_BITS == adamw.SMALLEST_IN_8_BITS
-    assert forecasting.SCALED_BLOCK == blockwise.BLOCK
-    assert forecasting.OPTIMIZER_TILE == layout.TILE
+
+
+def test_muon_without_matrices_is_an_error_and_not_a_guess() -> None:
+    with pytest.raises(ModelError):
+        forecast(nn.Module(), Workload(1, 8, optimizer="muon"))
 
 
 # Activations and the course of a step
